@@ -1,0 +1,62 @@
+#pragma once
+
+// Names and ids of the cache types, for upstream's command lines and for llama.cpp's state files (C++, header only).
+
+#include "ggml.h"
+#include "ggml-tq.h"
+
+#include <cstdio>
+#include <string>
+
+// the stored types as a comma-separated list, for initializers
+#define GGML_TQ_TYPE_LIST \
+    GGML_TYPE_TQ2_MSE, GGML_TYPE_TQ3_MSE, GGML_TYPE_TQ4_MSE, \
+    GGML_TYPE_TQ2_QJL, GGML_TYPE_TQ3_QJL, GGML_TYPE_TQ4_QJL
+
+static inline bool ggml_tq_is_type(ggml_type type) {
+    return type >= GGML_TYPE_TQ2_MSE && type <= GGML_TYPE_TQ4_QJL;
+}
+
+// "tq3" -> "tq3_qjl" for role 'k', "tq3_mse" for role 'v'; any other name as it is
+static inline std::string ggml_tq_resolve_name(const std::string & name, char role) {
+    const tq_type_info * info = tq_get_type_info(tq_type_from_name(name.c_str(), role));
+    return info ? info->name : name;
+}
+
+// the end of upstream's list of allowed values
+static inline const char * ggml_tq_names_help() {
+    return ", tq2, tq3, tq4 (by role: tqN_qjl for K, tqN_mse for V)";
+}
+
+// what a state file stores as the type of a cached tensor: for our types the format version rides along, so that a file
+// of another version is refused as one of another type (docs/format.md section 7)
+static inline int32_t ggml_tq_state_type(ggml_type type) {
+    return ggml_tq_is_type(type) ? (int32_t) type | (TQ_FORMAT_VERSION + 1) << 16 : (int32_t) type;
+}
+
+// bounds for upstream's test-quantize-fns, whose data has an rms of 1.42 and 4096 values: the exact errors are
+// 1.42*sqrt(D)/64 and, for the types that shrink, 1.09*D with D of docs/format.md; these leave a quarter
+static inline float ggml_tq_max_test_error(ggml_type type) {
+    static const float max[] = { 0.0095f, 0.0050f, 0.0027f, 0.0107f, 0.0058f, 0.0031f };
+    return max[type - GGML_TYPE_TQ2_MSE];
+}
+
+static inline float ggml_tq_max_dot_error(ggml_type type) {
+    static const float max[] = { 0.16f, 0.05f, 0.02f, 0.03f, 0.02f, 0.01f };
+    return max[type - GGML_TYPE_TQ2_MSE];
+}
+
+// "K = tq3_qjl (3.25 bits per value), V = f16 (16.00 bits per value)"
+static inline std::string ggml_tq_describe(ggml_type type_k, ggml_type type_v) {
+    char buf[160];
+    snprintf(buf, sizeof(buf), "K = %s (%.2f bits per value), V = %s (%.2f bits per value)",
+        ggml_type_name(type_k), 8.0*(double) ggml_type_size(type_k)/(double) ggml_blck_size(type_k),
+        ggml_type_name(type_v), 8.0*(double) ggml_type_size(type_v)/(double) ggml_blck_size(type_v));
+    return buf;
+}
+
+// a line for llama-cli's banner, which hides the library's messages; empty if neither type is ours
+static inline std::string ggml_tq_banner(ggml_type type_k, ggml_type type_v) {
+    return ggml_tq_is_type(type_k) || ggml_tq_is_type(type_v)
+        ? "cache      : " + ggml_tq_describe(type_k, type_v) + "\n" : "";
+}

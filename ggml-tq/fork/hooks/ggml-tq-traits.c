@@ -1,0 +1,39 @@
+#include "ggml-tq-traits.h"
+
+#include <stdio.h>
+
+// ggml's tables hold one function a type, the library takes the type as an argument
+#define GGML_TQ_DEFINE(TYPE, name) \
+    void ggml_##name##_from_float(const float * x, void * y, int64_t n) { \
+        tq_encode(TQ_TYPE_##TYPE, x, y, n); \
+    } \
+    void ggml_##name##_to_float(const void * x, float * y, int64_t n) { \
+        tq_decode(TQ_TYPE_##TYPE, x, y, n); \
+    } \
+    void ggml_##name##_vec_dot(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc) { \
+        GGML_UNUSED(bs); GGML_UNUSED(bx); GGML_UNUSED(by); GGML_UNUSED(nrc); \
+        *s = tq_dot(TQ_TYPE_##TYPE, x, y, n); \
+    }
+GGML_TQ_FOR_EACH(GGML_TQ_DEFINE)
+
+void ggml_tq_query_from_float(const float * x, void * y, int64_t n) {
+    tq_encode_query(x, y, n);
+}
+
+// the ids in ggml.h are in the order of enum tq_type
+static enum tq_type tq_type_of(enum ggml_type type) {
+    return (enum tq_type) (type - GGML_TYPE_TQ2_MSE);
+}
+
+size_t ggml_tq_quantize(enum ggml_type type, const float * src, void * dst, int64_t n) {
+    tq_encode(tq_type_of(type), src, dst, n);
+    return tq_row_size(tq_type_of(type), n);
+}
+
+bool ggml_tq_validate(enum ggml_type type, const void * data, size_t nb) {
+    if (!tq_validate(tq_type_of(type), data, (int64_t) nb*TQ_BLOCK_SIZE)) {
+        fprintf(stderr, "%s: a block's scale is not finite\n", __func__);
+        return false;
+    }
+    return true;
+}

@@ -1,0 +1,88 @@
+#pragma once
+
+// ggml-tq: TurboQuant cache types as a portable C library. It needs neither ggml nor llama.cpp.
+//
+// A row of n floats (n a multiple of TQ_BLOCK_SIZE) becomes n/64 blocks: a randomized Hadamard rotation, Lloyd-Max
+// codes, one fp16 scale, and for the _qjl types one bit a coordinate of a QJL sketch of the residual.
+// docs/format.md is the specification; every function here follows it to the bit.
+//
+// One key's way: tq_encode() writes it into the cache; a query is turned once by tq_encode_query(); tq_dot() scores the
+// packed key against it. A value: tq_encode(), then tq_decode().
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define TQ_FORMAT_VERSION 0  // a draft; state files carry it
+#define TQ_BLOCK_SIZE     64 // coordinates a block
+
+enum tq_type {
+    TQ_TYPE_TQ2_MSE,
+    TQ_TYPE_TQ3_MSE,
+    TQ_TYPE_TQ4_MSE,
+    TQ_TYPE_TQ2_QJL,
+    TQ_TYPE_TQ3_QJL,
+    TQ_TYPE_TQ4_QJL,
+    TQ_TYPE_COUNT,
+};
+
+// blocks as they lie in memory: plane p holds bit p of the 64 codes, a little-endian 64-bit word stored as bytes so
+// that a block has no alignment; the last plane of a _qjl block holds the signs of the sketched residual
+typedef struct { uint16_t d; uint8_t planes[2][8]; } tq2_block;
+typedef struct { uint16_t d; uint8_t planes[3][8]; } tq3_block;
+typedef struct { uint16_t d; uint8_t planes[4][8]; } tq4_block;
+
+// 64 coordinates of a rotated query b = rotate(a) and of its sketch f = sketch(b), as int8 with one scale each
+typedef struct { float db; float df; int8_t b[TQ_BLOCK_SIZE]; int8_t f[TQ_BLOCK_SIZE]; } tq_query_block;
+
+struct tq_type_info {
+    const char * name;       // "tq3_qjl"
+    int          bits;       // bits a coordinate, sketch bit included; without the scale
+    int          code_bits;  // bits of the codebook: bits, or bits - 1 for _qjl
+    size_t       block_size; // bytes
+};
+
+// NULL if type is not one of enum tq_type
+const struct tq_type_info * tq_get_type_info(enum tq_type type);
+
+// type by exact name, or by the names "tq2", "tq3", "tq4" resolved by role: 'k' (keys) -> _qjl, 'v' (values) -> _mse.
+// Returns TQ_TYPE_COUNT for any other name.
+enum tq_type tq_type_from_name(const char * name, char role);
+
+// bytes of a row of n coordinates; 0 if the type or n (not a positive multiple of 64) is invalid
+size_t tq_row_size(enum tq_type type, int64_t n);
+
+// bits a stored value, scale included: 8*block_size/64
+double tq_bits_per_value(enum tq_type type);
+
+// The functions below require n % TQ_BLOCK_SIZE == 0 and no overlap of source and destination. They neither allocate
+// nor keep state, and may run in any number of threads.
+
+// x[n] -> dst[tq_row_size(type, n)]. A block with a NaN or Inf decodes to NaN; a block whose largest magnitude is below
+// 2^-60 (or whose scale is below fp16's smallest number) becomes zeros; a scale above 65504 saturates.
+void tq_encode(enum tq_type type, const float * x, void * dst, int64_t n);
+
+// src[tq_row_size(type, n)] -> x[n], in the original basis
+void tq_decode(enum tq_type type, const void * src, float * x, int64_t n);
+
+// a[n] -> dst[n/64]
+void tq_encode_query(const float * a, tq_query_block * dst, int64_t n);
+
+// inner product of the decoded row k and the query q, without decoding: error against tq_decode is the query's int8
+// rounding only
+float tq_dot(enum tq_type type, const void * k, const tq_query_block * q, int64_t n);
+
+// true if every scale in the row is finite
+bool tq_validate(enum tq_type type, const void * src, int64_t n);
+
+// y = rotate(x) and back, block by block; in place allowed
+void tq_rotate  (const float * x, float * y, int64_t n);
+void tq_unrotate(const float * y, float * x, int64_t n);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,477 @@
+// The reference implementation of docs/format.md in portable C: the section numbers below are its.
+// Compile without floating-point contraction: encoders must agree to the bit.
+
+#include "ggml-tq.h"
+#include "tq-codebooks.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#define N TQ_BLOCK_SIZE
+
+_Static_assert(sizeof(tq2_block) == 18 && sizeof(tq3_block) == 26 && sizeof(tq4_block) == 34, "blocks have no padding");
+_Static_assert(sizeof(tq_query_block) == 2*sizeof(float) + 2*N, "query blocks have no padding");
+
+static const struct tq_type_info type_info[TQ_TYPE_COUNT] = {
+    [TQ_TYPE_TQ2_MSE] = { "tq2_mse", 2, 2, sizeof(tq2_block) },
+    [TQ_TYPE_TQ3_MSE] = { "tq3_mse", 3, 3, sizeof(tq3_block) },
+    [TQ_TYPE_TQ4_MSE] = { "tq4_mse", 4, 4, sizeof(tq4_block) },
+    [TQ_TYPE_TQ2_QJL] = { "tq2_qjl", 2, 1, sizeof(tq2_block) },
+    [TQ_TYPE_TQ3_QJL] = { "tq3_qjl", 3, 2, sizeof(tq3_block) },
+    [TQ_TYPE_TQ4_QJL] = { "tq4_qjl", 4, 3, sizeof(tq4_block) },
+};
+
+// by code_bits (section 2)
+static const struct {
+    const float * centroids;
+    const float * thresholds;
+    float         kappa; // weight of the sketch of what this codebook leaves
+} codebooks[] = {
+    [1] = { tq_centroids_1b, tq_thresholds_1b, TQ_KAPPA_1B },
+    [2] = { tq_centroids_2b, tq_thresholds_2b, TQ_KAPPA_2B },
+    [3] = { tq_centroids_3b, tq_thresholds_3b, TQ_KAPPA_3B },
+    [4] = { tq_centroids_4b, tq_thresholds_4b, 0.0f        },
+};
+
+//
+// types
+//
+
+const struct tq_type_info * tq_get_type_info(enum tq_type type) {
+    return (unsigned) type < TQ_TYPE_COUNT ? &type_info[type] : NULL;
+}
+
+enum tq_type tq_type_from_name(const char * name, char role) {
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        if (strcmp(name, type_info[t].name) == 0) {
+            return (enum tq_type) t;
+        }
+    }
+    if (strlen(name) == 3 && strncmp(name, "tq", 2) == 0 && name[2] >= '2' && name[2] <= '4') {
+        return (enum tq_type) ((role == 'k' ? TQ_TYPE_TQ2_QJL : TQ_TYPE_TQ2_MSE) + (name[2] - '2'));
+    }
+    return TQ_TYPE_COUNT;
+}
+
+size_t tq_row_size(enum tq_type type, int64_t n) {
+    const struct tq_type_info * info = tq_get_type_info(type);
+    return info && n > 0 && n % N == 0 ? (size_t) (n/N)*info->block_size : 0;
+}
+
+double tq_bits_per_value(enum tq_type type) {
+    return 8.0*(double) tq_row_size(type, N)/N;
+}
+
+//
+// fp16; not every C compiler has a half type
+//
+
+static uint16_t fp32_to_fp16(float f) { // f >= 0 and finite: to nearest even, saturating
+    if (f >= 65504.0f) {
+        return 0x7bff;
+    }
+    uint32_t u;
+    memcpy(&u, &f, sizeof(u));
+    const int e = (int) (u >> 23) - 127;
+    if (e < -25) {
+        return 0;
+    }
+    // keep 10 bits of the mantissa, fewer below 2^-14, where the implicit one becomes explicit
+    const int      drop = e < -14 ? 13 + (-14 - e) : 13;
+    const uint32_t m    = (u & 0x7fffff) | 0x800000;
+    const uint32_t half = 1u << (drop - 1);
+    const uint32_t odd  = (m >> drop) & 1;
+    const uint32_t r    = (m + half - 1 + odd) >> drop;
+    return (uint16_t) (e < -14 ? r : ((uint32_t) (e + 14) << 10) + r);
+}
+
+static float fp16_to_fp32(uint16_t h) {
+    const uint32_t sign = (uint32_t) (h & 0x8000) << 16;
+    const uint32_t e    = (h >> 10) & 0x1f;
+    const uint32_t m    = h & 0x3ff;
+    uint32_t u;
+    float f;
+    if (e == 0) {
+        f = (float) m*0x1p-24f;
+        memcpy(&u, &f, sizeof(u));
+        u |= sign;
+    } else {
+        u = sign | (e == 31 ? 0x7f800000 : (e + 112) << 23) | (m << 13);
+    }
+    memcpy(&f, &u, sizeof(f));
+    return f;
+}
+
+//
+// bit planes: 8 coordinates a byte in memory, one coordinate a byte in registers (plain words, no SIMD needed)
+//
+
+static uint64_t load_u64(const uint8_t * p) {
+    uint64_t w = 0;
+    for (int i = 0; i < 8; ++i) {
+        w |= (uint64_t) p[i] << 8*i;
+    }
+    return w;
+}
+
+static void store_u64(uint8_t * p, uint64_t w) {
+    for (int i = 0; i < 8; ++i) {
+        p[i] = (uint8_t) (w >> 8*i);
+    }
+}
+
+// bit i of b to byte i
+static uint64_t spread_bits(uint8_t b) {
+    const uint64_t x = (b*0x0101010101010101ull) & 0x8040201008040201ull;
+    return ((x + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull;
+}
+
+// and back: bit 0 of byte i to bit i
+static uint8_t gather_bits(uint64_t x) {
+    return (uint8_t) (((x & 0x0101010101010101ull)*0x0102040810204080ull) >> 56);
+}
+
+// codes[i] from n_planes planes
+static void unpack(const uint8_t * planes, int n_planes, uint8_t * codes) {
+    for (int j = 0; j < N/8; ++j) {
+        uint64_t w = 0;
+        for (int p = 0; p < n_planes; ++p) {
+            w |= spread_bits(planes[8*p + j]) << p;
+        }
+        store_u64(codes + 8*j, w);
+    }
+}
+
+static void pack(const uint8_t * codes, int n_planes, uint8_t * planes) {
+    for (int j = 0; j < N/8; ++j) {
+        const uint64_t w = load_u64(codes + 8*j);
+        for (int p = 0; p < n_planes; ++p) {
+            planes[8*p + j] = gather_bits(w >> p);
+        }
+    }
+}
+
+//
+// section 3: transforms and sums of one block
+//
+
+#define SIGN(w, i)    (((w) >> (i)) & 1 ? -1.0f : 1.0f)
+#define SIGNS_8(w, i)  SIGN(w, i), SIGN(w, (i)+1), SIGN(w, (i)+2), SIGN(w, (i)+3), \
+                       SIGN(w, (i)+4), SIGN(w, (i)+5), SIGN(w, (i)+6), SIGN(w, (i)+7)
+#define SIGNS_64(w)    SIGNS_8(w, 0), SIGNS_8(w, 8), SIGNS_8(w, 16), SIGNS_8(w, 24), \
+                       SIGNS_8(w, 32), SIGNS_8(w, 40), SIGNS_8(w, 48), SIGNS_8(w, 56)
+
+static const float rotation_signs[N] = { SIGNS_64(TQ_ROTATION_SIGNS) };
+static const float sketch_signs[N]   = { SIGNS_64(TQ_SKETCH_SIGNS)   };
+
+// the butterflies of strides 8, 16, 32, which vectorize as they stand
+static void butterflies(float * v) {
+    for (int h = 8; h < N; h *= 2) {
+        for (int i = 0; i < N; i += 2*h) {
+            for (int j = i; j < i + h; ++j) {
+                const float a = v[j];
+                const float b = v[j + h];
+                v[j]     = a + b;
+                v[j + h] = a - b;
+            }
+        }
+    }
+}
+
+static void transpose_8x8(const float * v, float * t) {
+    for (int i = 0; i < 8; ++i) {
+        for (int j = 0; j < 8; ++j) {
+            t[8*i + j] = v[8*j + i];
+        }
+    }
+}
+
+// strides 1, 2, 4 are strides 8, 16, 32 of the transposed 8x8 square
+static void fwht(float * v) {
+    float t[N];
+    transpose_8x8(v, t);
+    butterflies(t);
+    transpose_8x8(t, v);
+    butterflies(v);
+}
+
+static void scale(float * v, float s) {
+    for (int i = 0; i < N; ++i) {
+        v[i] *= s;
+    }
+}
+
+static void rht(float * v, const float * signs) {
+    for (int i = 0; i < N; ++i) {
+        v[i] *= signs[i];
+    }
+    fwht(v);
+    scale(v, 0.125f);
+}
+
+static void rht_inverse(float * v, const float * signs) {
+    fwht(v);
+    for (int i = 0; i < N; ++i) {
+        v[i] *= 0.125f*signs[i];
+    }
+}
+
+// the order is part of the format: halves are added until one number is left
+static float dot(const float * a, const float * b) {
+    float t[N];
+    for (int i = 0; i < N; ++i) {
+        t[i] = a[i]*b[i];
+    }
+    for (int h = N/2; h > 0; h /= 2) {
+        for (int i = 0; i < h; ++i) {
+            t[i] += t[i + h];
+        }
+    }
+    return t[0];
+}
+
+void tq_rotate(const float * x, float * y, int64_t n) {
+    memmove(y, x, (size_t) n*sizeof(float));
+    for (int64_t i = 0; i < n; i += N) {
+        rht(y + i, rotation_signs);
+    }
+}
+
+void tq_unrotate(const float * y, float * x, int64_t n) {
+    memmove(x, y, (size_t) n*sizeof(float));
+    for (int64_t i = 0; i < n; i += N) {
+        rht_inverse(x + i, rotation_signs);
+    }
+}
+
+//
+// codes
+//
+
+// q[i] = c[codes[i]]
+static void look_up(const uint8_t * codes, int code_bits, float * q) {
+    const float * c = codebooks[code_bits].centroids;
+    for (int i = 0; i < N; ++i) {
+        q[i] = c[codes[i]];
+    }
+}
+
+// q += kappa * unsketch(signs), the sketch's estimate of the residual
+static void add_sketch(const uint8_t * sign_bits, float kappa, float * q) {
+    float z[N];
+    for (int i = 0; i < N; ++i) {
+        z[i] = 1.0f - 2.0f*(float) sign_bits[i];
+    }
+    rht_inverse(z, sketch_signs);
+    for (int i = 0; i < N; ++i) {
+        q[i] += kappa*z[i];
+    }
+}
+
+//
+// section 4
+//
+
+static void encode_block(const struct tq_type_info * info, const float * x, uint8_t * block) {
+    memset(block, 0, info->block_size);
+    uint8_t * planes = block + sizeof(uint16_t);
+
+    float amax   = 0.0f;
+    bool  finite = true;
+    for (int i = 0; i < N; ++i) {
+        const float a = fabsf(x[i]);
+        finite = finite && a <= FLT_MAX;
+        amax   = a > amax ? a : amax;
+    }
+    if (!finite) {
+        block[1] = 0x7e; // d = NaN
+        return;
+    }
+    if (amax < 0x1p-60f) {
+        return;
+    }
+
+    int e;
+    frexpf(amax, &e);
+    e -= 1; // amax is in [2^e, 2^(e+1))
+
+    float y[N];
+    const float down = ldexpf(1.0f, -e);
+    for (int i = 0; i < N; ++i) {
+        y[i] = x[i]*down;
+    }
+    rht(y, rotation_signs);
+    const float g = 8.0f/sqrtf(dot(y, y));
+    scale(y, g); // u
+
+    const float * thresholds = codebooks[info->code_bits].thresholds;
+    int32_t n_above[N] = { 0 };
+    for (int k = 0; k < (1 << info->code_bits) - 1; ++k) {
+        for (int i = 0; i < N; ++i) {
+            n_above[i] += y[i] > thresholds[k];
+        }
+    }
+    uint8_t codes[N];
+    for (int i = 0; i < N; ++i) {
+        codes[i] = (uint8_t) n_above[i];
+    }
+    pack(codes, info->code_bits, planes);
+
+    float q[N];
+    look_up(codes, info->code_bits, q);
+
+    float s;
+    if (info->code_bits == info->bits) {
+        s = dot(y, q)/dot(q, q);
+    } else {
+        float   r[N];
+        uint8_t sign_bits[N];
+        for (int i = 0; i < N; ++i) {
+            r[i] = y[i] - q[i];
+        }
+        rht(r, sketch_signs);
+        for (int i = 0; i < N; ++i) {
+            sign_bits[i] = r[i] < 0.0f;
+        }
+        pack(sign_bits, 1, planes + 8*info->code_bits);
+        add_sketch(sign_bits, codebooks[info->code_bits].kappa, q);
+        const float uq = dot(y, q);
+        s = uq > 0.0f ? dot(y, y)/uq : uq/dot(q, q);
+    }
+
+    const uint16_t d = fp32_to_fp16(ldexpf(s/g, e));
+    if (d == 0) {
+        memset(block, 0, info->block_size);
+        return;
+    }
+    block[0] = (uint8_t) d;
+    block[1] = (uint8_t) (d >> 8);
+}
+
+static float block_scale(const uint8_t * block) {
+    return fp16_to_fp32((uint16_t) (block[0] | block[1] << 8));
+}
+
+void tq_encode(enum tq_type type, const float * x, void * dst, int64_t n) {
+    const struct tq_type_info * info = &type_info[type];
+    uint8_t * block = dst;
+    for (int64_t i = 0; i < n; i += N, block += info->block_size) {
+        encode_block(info, x + i, block);
+    }
+}
+
+//
+// section 5
+//
+
+void tq_decode(enum tq_type type, const void * src, float * x, int64_t n) {
+    const struct tq_type_info * info = &type_info[type];
+    const uint8_t * block = src;
+    for (int64_t i = 0; i < n; i += N, block += info->block_size) {
+        const uint8_t * planes = block + sizeof(uint16_t);
+        float * v = x + i;
+        uint8_t codes[N];
+        unpack(planes, info->code_bits, codes);
+        look_up(codes, info->code_bits, v);
+        if (info->code_bits != info->bits) {
+            unpack(planes + 8*info->code_bits, 1, codes);
+            add_sketch(codes, codebooks[info->code_bits].kappa, v);
+        }
+        scale(v, block_scale(block));
+        rht_inverse(v, rotation_signs);
+    }
+}
+
+bool tq_validate(enum tq_type type, const void * src, int64_t n) {
+    const struct tq_type_info * info = &type_info[type];
+    const uint8_t * block = src;
+    for (int64_t i = 0; i < n; i += N, block += info->block_size) {
+        if ((block[1] & 0x7c) == 0x7c) {
+            return false;
+        }
+    }
+    return true;
+}
+
+//
+// section 6
+//
+
+// returns the scale
+static float encode_int8(const float * v, int8_t * dst) {
+    float amax   = 0.0f;
+    bool  finite = true;
+    for (int i = 0; i < N; ++i) {
+        const float a = fabsf(v[i]);
+        finite = finite && a <= FLT_MAX;
+        amax   = a > amax ? a : amax;
+    }
+    memset(dst, 0, N);
+    if (!finite) { // of 64 rotated coordinates none is finite where one input was not
+        return NAN;
+    }
+    if (amax < 0x1p-100f) {
+        return 0.0f;
+    }
+    const float d  = amax/127.0f;
+    const float id = 1.0f/d;
+    for (int i = 0; i < N; ++i) {
+        // adding 1.5*2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits
+        const float f = v[i]*id + 0x1.8p23f;
+        uint32_t u;
+        memcpy(&u, &f, sizeof(u));
+        dst[i] = (int8_t) (u & 0xff);
+    }
+    return d;
+}
+
+void tq_encode_query(const float * a, tq_query_block * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += N, ++dst) {
+        float b[N];
+        float f[N];
+        memcpy(b, a + i, sizeof(b));
+        rht(b, rotation_signs);
+        memcpy(f, b, sizeof(f));
+        rht(f, sketch_signs);
+        dst->db = encode_int8(b, dst->b);
+        dst->df = encode_int8(f, dst->f);
+    }
+}
+
+float tq_dot(enum tq_type type, const void * k, const tq_query_block * q, int64_t n) {
+    const struct tq_type_info * info = &type_info[type];
+    const bool    sketch = info->code_bits != info->bits;
+    const float   kappa  = codebooks[info->code_bits].kappa;
+    const uint8_t * block = k;
+
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; i += N, block += info->block_size, ++q) {
+        const uint8_t * planes = block + sizeof(uint16_t);
+        uint8_t codes[N];
+        float   c[N];
+        unpack(planes, info->code_bits, codes);
+        look_up(codes, info->code_bits, c);
+        float part[16] = { 0.0f }; // a row of partial sums, so that the loop vectorizes
+        for (int j = 0; j < N; j += 16) {
+            for (int l = 0; l < 16; ++l) {
+                part[l] += c[j + l]*(float) q->b[j + l];
+            }
+        }
+        float s = 0.0f;
+        for (int l = 0; l < 16; ++l) {
+            s += part[l];
+        }
+        s *= q->db;
+        if (sketch) {
+            unpack(planes + 8*info->code_bits, 1, codes);
+            int32_t t = 0;
+            for (int j = 0; j < N; ++j) {
+                t += q->f[j]*(1 - 2*codes[j]);
+            }
+            s += kappa*q->df*(float) t;
+        }
+        sum += block_scale(block)*s;
+    }
+    return sum;
+}

@@ -1,0 +1,306 @@
+// The C library against docs/format.md: sizes, distortion, bias, scores, special rows, bounds.
+// usage: test-tq [seed]; without a seed the inputs are fresh at each run, and the seed is printed.
+
+#include "ggml-tq.h"
+
+#include <float.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define DIM      128
+#define MAX_ROW  (DIM*4)
+#define CANARY   0xa5
+
+static int n_failed = 0;
+
+#define CHECK(cond, ...) do { \
+    if (!(cond)) { \
+        printf("FAIL %s:%d: %s: ", __FILE__, __LINE__, #cond); printf(__VA_ARGS__); printf("\n"); \
+        n_failed++; \
+    } } while (0)
+
+static uint64_t rng_state;
+
+static uint64_t rng_u64(void) {
+    uint64_t z = (rng_state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30))*0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27))*0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+
+static double rng_uniform(void) {
+    return ((double) (rng_u64() >> 11) + 0.5)*0x1p-53;
+}
+
+static void rng_normal(float * x, int n, float scale) {
+    for (int i = 0; i < n; ++i) {
+        x[i] = (float) (sqrt(-2.0*log(rng_uniform()))*cos(6.283185307179586*rng_uniform()))*scale;
+    }
+}
+
+static double dot(const float * a, const float * b, int n) {
+    double s = 0.0;
+    for (int i = 0; i < n; ++i) {
+        s += (double) a[i]*b[i];
+    }
+    return s;
+}
+
+// encodes into a buffer with canaries on both sides and decodes it again
+static void round_trip(enum tq_type type, const float * x, float * y, int n, uint8_t * packed) {
+    uint8_t buf[64 + MAX_ROW + 64];
+    const size_t size = tq_row_size(type, n);
+    memset(buf, CANARY, sizeof(buf));
+    tq_encode(type, x, buf + 64, n);
+    for (size_t i = 0; i < 64; ++i) {
+        CHECK(buf[i] == CANARY && buf[64 + size + i] == CANARY, "write out of bounds");
+    }
+    tq_decode(type, buf + 64, y, n);
+    if (packed) {
+        memcpy(packed, buf + 64, size);
+    }
+}
+
+static void test_types(void) {
+    static const struct { const char * name; int bits; double bpv; } want[TQ_TYPE_COUNT] = {
+        { "tq2_mse", 2, 2.25 }, { "tq3_mse", 3, 3.25 }, { "tq4_mse", 4, 4.25 },
+        { "tq2_qjl", 2, 2.25 }, { "tq3_qjl", 3, 3.25 }, { "tq4_qjl", 4, 4.25 },
+    };
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const struct tq_type_info * info = tq_get_type_info((enum tq_type) t);
+        CHECK(strcmp(info->name, want[t].name) == 0 && info->bits == want[t].bits, "%s", info->name);
+        CHECK(tq_bits_per_value((enum tq_type) t) == want[t].bpv, "%s", info->name);
+        CHECK(tq_type_from_name(info->name, 'k') == (enum tq_type) t, "%s", info->name);
+        CHECK(tq_row_size((enum tq_type) t, 64) == info->block_size, "%s", info->name);
+        CHECK(tq_row_size((enum tq_type) t, 576) == 9*info->block_size, "%s", info->name);
+        CHECK(tq_row_size((enum tq_type) t, 80) == 0 && tq_row_size((enum tq_type) t, 0) == 0, "%s", info->name);
+        CHECK(tq_row_size((enum tq_type) t, -64) == 0, "%s", info->name);
+    }
+    CHECK(tq_get_type_info(TQ_TYPE_COUNT) == NULL && tq_row_size(TQ_TYPE_COUNT, 64) == 0, "invalid type");
+    CHECK(tq_type_from_name("tq3", 'k') == TQ_TYPE_TQ3_QJL && tq_type_from_name("tq3", 'v') == TQ_TYPE_TQ3_MSE, "roles");
+    static const char * bad[] = { "", "tq", "tq1", "tq5", "tq9", "tq33", "tq3_", "TQ3", "tq3_mse " };
+    for (size_t i = 0; i < sizeof(bad)/sizeof(bad[0]); ++i) {
+        CHECK(tq_type_from_name(bad[i], 'k') == TQ_TYPE_COUNT, "'%s'", bad[i]);
+    }
+}
+
+static void test_rotation(void) {
+    float x[DIM], y[DIM], z[DIM];
+    rng_normal(x, DIM, 3.0f);
+    tq_rotate(x, y, DIM);
+    CHECK(fabs(dot(y, y, DIM)/dot(x, x, DIM) - 1.0) < 1e-5, "norm changed");
+    tq_unrotate(y, z, DIM);
+    for (int i = 0; i < DIM; ++i) {
+        CHECK(fabsf(z[i] - x[i]) < 1e-5f, "unrotate(rotate(x)) != x");
+    }
+    // a single spike must spread: every rotated coordinate has the same magnitude
+    memset(x, 0, sizeof(x));
+    x[5] = 8.0f;
+    tq_rotate(x, x, DIM);
+    for (int i = 0; i < 64; ++i) {
+        CHECK(fabsf(x[i]) == 1.0f && x[64 + i] == 0.0f, "one-hot row, coordinate %d", i);
+    }
+}
+
+// errors of many N(0,1) rows; bounds are the exact ones of the codebooks plus sampling error
+static void test_distortion(void) {
+    // D_mse of 2, 3, 4 bits (issue and docs/format.md), then (1 - 2/pi) of D_mse of 1, 2, 3 bits with the unbiased scale
+    static const double max_error[TQ_TYPE_COUNT] = { 0.118, 0.0347, 0.0096, 0.155, 0.0455, 0.0130 };
+    const int n_rows = 20000;
+
+    printf("%-8s %10s %12s %12s %12s\n", "type", "error", "component", "d*ip error", "ip slope");
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const enum tq_type type = (enum tq_type) t;
+        double err = 0.0, energy = 0.0, component = 0.0, ip_err = 0.0, ip_xy = 0.0, ip_yy = 0.0;
+        for (int r = 0; r < n_rows; ++r) {
+            float x[DIM], y[DIM], a[DIM], e[DIM];
+            rng_normal(x, DIM, 1.0f);
+            rng_normal(a, DIM, 1.0f);
+            round_trip(type, x, y, DIM, NULL);
+            for (int i = 0; i < DIM; ++i) {
+                e[i] = y[i] - x[i];
+            }
+            const double xx = dot(x, x, DIM);
+            err       += dot(e, e, DIM);
+            energy    += xx;
+            component += dot(x, y, DIM)/xx;
+            const double ip = dot(a, x, DIM);
+            ip_err += pow(dot(a, e, DIM), 2)/(xx*dot(a, a, DIM));
+            ip_xy  += ip*dot(a, y, DIM);
+            ip_yy  += ip*ip;
+        }
+        err       /= energy;
+        component /= n_rows;
+        ip_err    *= (double) DIM/n_rows;
+        const double slope = ip_xy/ip_yy;
+        printf("%-8s %10.5f %12.5f %12.5f %12.5f\n", tq_get_type_info(type)->name, err, component, ip_err, slope);
+        CHECK(err < max_error[t], "%s: %f", tq_get_type_info(type)->name, err);
+        if (type >= TQ_TYPE_TQ2_QJL) { // unbiased along x, up to the scale's fp16 rounding
+            CHECK(fabs(component - 1.0) < 1e-4, "%s: %f", tq_get_type_info(type)->name, component);
+        } else {                       // least squares: shrinks by exactly the error
+            CHECK(fabs(component - (1.0 - err)) < 2e-3, "%s: %f", tq_get_type_info(type)->name, component);
+        }
+    }
+}
+
+static void test_dot(void) {
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const enum tq_type type = (enum tq_type) t;
+        double err = 0.0, power = 0.0;
+        for (int r = 0; r < 2000; ++r) {
+            const int n = 64*(1 + (int) (rng_u64()%8));
+            float x[MAX_ROW], y[MAX_ROW], a[MAX_ROW];
+            uint8_t packed[MAX_ROW];
+            tq_query_block q[MAX_ROW/64];
+            rng_normal(x, n, 2.0f);
+            rng_normal(a, n, 0.5f);
+            x[rng_u64()%n] *= 30.0f; // an outlier channel
+            round_trip(type, x, y, n, packed);
+            tq_encode_query(a, q, n);
+            const double want = dot(a, y, n);
+            const double got  = tq_dot(type, packed, q, n);
+            err   += pow(got - want, 2);
+            power += dot(a, a, n)*dot(y, y, n)/n;
+        }
+        // int8 rounding of a Gaussian query: step^2/12 with step about 2.6 sigma/127
+        CHECK(sqrt(err/power) < 0.02, "%s: score error %f of the score's rms", tq_get_type_info(type)->name, sqrt(err/power));
+    }
+}
+
+// rows scaled by powers of two must have the same codes and exactly scaled blocks: no path depends on magnitude
+static void test_scaling(void) {
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const enum tq_type type = (enum tq_type) t;
+        float x[DIM], y[DIM], xs[DIM], ys[DIM];
+        uint8_t p[MAX_ROW], ps[MAX_ROW];
+        rng_normal(x, DIM, 1.0f);
+        round_trip(type, x, y, DIM, p);
+        for (int e = -12; e <= 12; ++e) {
+            for (int i = 0; i < DIM; ++i) {
+                xs[i] = ldexpf(x[i], e);
+            }
+            round_trip(type, xs, ys, DIM, ps);
+            const size_t bs = tq_get_type_info(type)->block_size;
+            CHECK(memcmp(p + 2, ps + 2, bs - 2) == 0 && memcmp(p + bs + 2, ps + bs + 2, bs - 2) == 0, "codes differ at 2^%d", e);
+            for (int i = 0; i < DIM; ++i) {
+                CHECK(ys[i] == ldexpf(y[i], e), "values differ at 2^%d", e);
+            }
+        }
+    }
+}
+
+static bool all_zero(const uint8_t * p, size_t n) {
+    for (size_t i = 0; i < n; ++i) {
+        if (p[i]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void test_special_rows(void) {
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const enum tq_type type = (enum tq_type) t;
+        const char * name = tq_get_type_info(type)->name;
+        const size_t size = tq_row_size(type, DIM);
+        const size_t bs   = tq_get_type_info(type)->block_size;
+        float x[DIM], y[DIM];
+        uint8_t p[MAX_ROW];
+
+        memset(x, 0, sizeof(x));
+        round_trip(type, x, y, DIM, p);
+        CHECK(all_zero(p, size) && dot(y, y, DIM) == 0.0, "%s: zero row", name);
+        for (int i = 0; i < DIM; ++i) {
+            x[i] = i%2 ? -0.0f : FLT_TRUE_MIN*(float) i;
+        }
+        round_trip(type, x, y, DIM, p);
+        CHECK(all_zero(p, size), "%s: denormal row", name);
+
+        static const float constants[] = { 1.0f, -3.0f, 1e-4f, 1e4f };
+        for (size_t c = 0; c < sizeof(constants)/sizeof(constants[0]); ++c) {
+            double e = 0.0;
+            for (int i = 0; i < DIM; ++i) {
+                x[i] = constants[c];
+            }
+            round_trip(type, x, y, DIM, p);
+            for (int i = 0; i < DIM; ++i) {
+                e += pow(y[i] - x[i], 2);
+            }
+            CHECK(e < 0.6*dot(x, x, DIM) && tq_validate(type, p, DIM), "%s: constant row %g: error %g", name, constants[c], e/dot(x, x, DIM));
+        }
+
+        // one block too large for fp16: saturates, direction kept, its neighbour untouched
+        rng_normal(x, DIM, 1.0f);
+        for (int i = 0; i < 64; ++i) {
+            x[i] *= FLT_MAX/8.0f;
+        }
+        round_trip(type, x, y, DIM, p);
+        CHECK((p[0] | p[1] << 8) == 0x7bff && tq_validate(type, p, DIM), "%s: huge row", name);
+        CHECK(dot(x + 64, y + 64, 64)/dot(x + 64, x + 64, 64) > 0.7, "%s: neighbour of a huge row", name);
+        for (int i = 0; i < DIM; ++i) {
+            CHECK(isfinite(y[i]), "%s: huge row", name);
+        }
+        for (int i = 0; i < DIM; ++i) {
+            x[i] = FLT_MAX;
+        }
+        round_trip(type, x, y, DIM, p);
+        CHECK(tq_validate(type, p, DIM), "%s: FLT_MAX row", name);
+
+        // NaN and Inf poison their block, and only theirs
+        static const float poison[] = { NAN, INFINITY, -INFINITY };
+        for (size_t c = 0; c < 3; ++c) {
+            rng_normal(x, DIM, 1.0f);
+            x[rng_u64()%64] = poison[c];
+            round_trip(type, x, y, DIM, p);
+            CHECK(!tq_validate(type, p, DIM) && tq_validate(type, p + bs, 64), "%s: %f", name, poison[c]);
+            for (int i = 0; i < 64; ++i) {
+                CHECK(isnan(y[i]) && isfinite(y[64 + i]), "%s: %f", name, poison[c]);
+            }
+            tq_query_block q[DIM/64];
+            rng_normal(y, DIM, 1.0f);
+            tq_encode_query(y, q, DIM);
+            CHECK(isnan(tq_dot(type, p, q, DIM)), "%s: score of a poisoned row", name);
+            tq_encode_query(x, q, DIM);
+            round_trip(type, y, y, DIM, p);
+            CHECK(isnan(tq_dot(type, p, q, DIM)), "%s: score of a poisoned query", name);
+        }
+        memset(x, 0, sizeof(x));
+        tq_query_block q[DIM/64];
+        tq_encode_query(x, q, DIM);
+        rng_normal(x, DIM, 1.0f);
+        round_trip(type, x, y, DIM, p);
+        CHECK(tq_dot(type, p, q, DIM) == 0.0f, "%s: score of a zero query", name);
+
+        // whatever bytes lie in a cache, decoding and scoring stay in bounds and say NaN only if a scale is not finite
+        for (int r = 0; r < 200; ++r) {
+            for (size_t i = 0; i < size; ++i) {
+                p[i] = (uint8_t) rng_u64();
+            }
+            tq_decode(type, p, y, DIM);
+            tq_encode_query(x, q, DIM);
+            const bool  valid = tq_validate(type, p, DIM);
+            const float s     = tq_dot(type, p, q, DIM);
+            CHECK(!valid || (isfinite(s) && isfinite(y[0]) && isfinite(y[DIM - 1])), "%s: random bytes", name);
+        }
+    }
+}
+
+int main(int argc, char ** argv) {
+    const uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 0) : (uint64_t) time(NULL);
+    rng_state = seed;
+    printf("seed %" PRIu64 "\n", seed);
+
+    test_types();
+    test_rotation();
+    test_distortion();
+    test_dot();
+    test_scaling();
+    test_special_rows();
+
+    printf(n_failed ? "%d checks failed (seed %" PRIu64 ")\n" : "all checks passed\n", n_failed, seed);
+    return n_failed ? 1 : 0;
+}
