@@ -1,0 +1,1 @@
+"""NumPy reference of the cache format: docs/format.md, bit for bit."""
