@@ -1,0 +1,51 @@
+# Two commands on a fresh machine: `make run` and `make test`. Everything goes into build/, .venv/ and models/.
+
+PYTHON ?= python3
+JOBS   ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+BUILD  ?= build
+VENV   := .venv
+BIN    := $(VENV)/bin
+CMAKE_ARGS ?=
+
+export GGML_TQ_BUILD := $(abspath $(BUILD))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help run test build check-tools fetch sanitize clean
+
+help:
+	@echo "make run       set everything up and generate text from a real model with a tq3 cache"
+	@echo "make test      set everything up and run all tests (ctest, pytest)"
+	@echo "make build     the programs only, in $(BUILD)/bin"
+	@echo "make sanitize  the C tests and a short generation under AddressSanitizer and UBSan"
+	@echo "make clean     remove what was built (keeps models and the fetched source)"
+
+run: build fetch
+	$(BIN)/python scripts/demo.py
+
+test: build fetch
+	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -L ggml-tq
+	$(BIN)/python -m pytest tests/python
+
+# stops with a clear message before anything is fetched
+check-tools:
+	@PYTHON="$(PYTHON)" sh scripts/check_tools.sh
+
+$(VENV)/.done: python/pyproject.toml | check-tools
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable './python[test]'
+	@touch $@
+
+build: $(VENV)/.done
+	cmake -S . -B $(BUILD) -DPython3_EXECUTABLE=$(abspath $(BIN))/python $(CMAKE_ARGS)
+	cmake --build $(BUILD) --parallel $(JOBS)
+
+fetch: $(VENV)/.done
+	$(BIN)/ggml-tq fetch smollm2 wiki
+
+sanitize: $(VENV)/.done fetch
+	$(MAKE) build BUILD=build-sanitize CMAKE_ARGS="-DGGML_TQ_SANITIZE=address,undefined -DGGML_OPENMP=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGGML_TQ_PROGRAMS=llama-completion"
+	ctest --test-dir build-sanitize --output-on-failure --no-tests=error -L ggml-tq-c
+	build-sanitize/bin/llama-completion -m models/SmolLM2-135M-Instruct.Q4_1.gguf -no-cnv -p "The sea is" -n 8 -c 256 -ctk tq3 -ctv tq3
+
+clean:
+	rm -rf $(BUILD)/CMakeFiles $(BUILD)/bin $(BUILD)/upstream $(BUILD)/llama.cpp $(BUILD)/CMakeCache.txt $(VENV)
