@@ -165,35 +165,21 @@ static void pack(const uint8_t * codes, int n_planes, uint8_t * planes) {
 static const float rotation_signs[N] = { SIGNS_64(TQ_ROTATION_SIGNS) };
 static const float sketch_signs[N]   = { SIGNS_64(TQ_SKETCH_SIGNS)   };
 
-// the butterflies of strides 8, 16, 32, which vectorize as they stand
-static void butterflies(float * v) {
-    for (int h = 8; h < N; h *= 2) {
-        for (int i = 0; i < N; i += 2*h) {
-            for (int j = i; j < i + h; ++j) {
-                const float a = v[j];
-                const float b = v[j + h];
-                v[j]     = a + b;
-                v[j + h] = a - b;
-            }
-        }
+// one stage: neighbours' sums to the lower half, differences to the upper. That turns the bits of the index by one, so
+// six equal stages are the strides 1, 2, 4, ... 32 and end in natural order; the compiler vectorizes each.
+static void fwht_stage(const float * restrict v, float * restrict t) {
+    for (int i = 0; i < N/2; ++i) {
+        t[i]       = v[2*i] + v[2*i + 1];
+        t[i + N/2] = v[2*i] - v[2*i + 1];
     }
 }
 
-static void transpose_8x8(const float * v, float * t) {
-    for (int i = 0; i < 8; ++i) {
-        for (int j = 0; j < 8; ++j) {
-            t[8*i + j] = v[8*j + i];
-        }
-    }
-}
-
-// strides 1, 2, 4 are strides 8, 16, 32 of the transposed 8x8 square
 static void fwht(float * v) {
     float t[N];
-    transpose_8x8(v, t);
-    butterflies(t);
-    transpose_8x8(t, v);
-    butterflies(v);
+    for (int h = 1; h < N; h *= 4) {
+        fwht_stage(v, t);
+        fwht_stage(t, v);
+    }
 }
 
 static void scale(float * v, float s) {
