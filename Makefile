@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CMAKE_ARGS ?=
 
-export GGML_TQ_BUILD := $(abspath $(BUILD))
+export GGML_TQ_BUILD := $(CURDIR)/$(BUILD)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help run test build check-tools fetch sanitize clean
@@ -36,7 +36,7 @@ $(VENV)/.done: python/pyproject.toml | check-tools
 	@touch $@
 
 build: $(VENV)/.done
-	cmake -S . -B $(BUILD) -DPython3_EXECUTABLE=$(abspath $(BIN))/python $(CMAKE_ARGS)
+	cmake -S . -B $(BUILD) -DPython3_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DGGML_TQ_CACHE_DIR="$(CURDIR)/build/download" $(CMAKE_ARGS)
 	cmake --build $(BUILD) --parallel $(JOBS)
 
 fetch: $(VENV)/.done

@@ -3,7 +3,7 @@
 set(LLAMA_CPP_DIR "" CACHE PATH "use this llama.cpp checkout instead of the pinned source package")
 set(GGML_TQ_CACHE_DIR "${CMAKE_BINARY_DIR}/download" CACHE PATH "where the fetched upstream archive is kept")
 
-find_package(Python3 3.9 REQUIRED COMPONENTS Interpreter)
+find_package(Python3 3.10 REQUIRED COMPONENTS Interpreter)
 
 set(fork_dir     ${PROJECT_SOURCE_DIR}/ggml-tq/fork)
 set(upstream_dir ${CMAKE_BINARY_DIR}/llama.cpp)
@@ -51,10 +51,14 @@ set(LLAMA_BUILD_UI       OFF CACHE BOOL "llama: build the embedded Web UI for se
 set(LLAMA_USE_PREBUILT_UI OFF CACHE BOOL "llama: use prebuilt UI from HF Bucket when available")
 set(LLAMA_OPENSSL        OFF CACHE BOOL "llama: use openssl to support HTTPS")
 
-file(READ ${fork_dir}/upstream.lock lock)
-string(JSON LLAMA_BUILD_COMMIT GET ${lock} commit)
-string(SUBSTRING ${LLAMA_BUILD_COMMIT} 0 9 LLAMA_BUILD_COMMIT)
-set(LLAMA_BUILD_COMMIT "${LLAMA_BUILD_COMMIT}+ggml-tq")
+if (LLAMA_CPP_DIR)
+    set(LLAMA_BUILD_COMMIT "checkout+ggml-tq")
+else()
+    file(READ ${fork_dir}/upstream.lock lock)
+    string(JSON LLAMA_BUILD_COMMIT GET "${lock}" commit)
+    string(SUBSTRING ${LLAMA_BUILD_COMMIT} 0 9 LLAMA_BUILD_COMMIT)
+    set(LLAMA_BUILD_COMMIT "${LLAMA_BUILD_COMMIT}+ggml-tq")
+endif()
 # upstream would ask git about its directory and be told about ours, and rebuild at each commit
 set(ENV{GIT_CEILING_DIRECTORIES} ${CMAKE_BINARY_DIR})
 

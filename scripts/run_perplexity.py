@@ -41,8 +41,11 @@ FIGURES = {  # llama-perplexity's own summary lines, "name : value ± error"
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def run(args: list[str]) -> str:

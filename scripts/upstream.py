@@ -68,25 +68,29 @@ def read_patch(file: Path) -> list[Hunk]:
     return hunks
 
 
-def find(lines: list[str], hunk: Hunk, hint: int) -> int | None:
-    """Index in `lines` where the hunk's old lines stand, the nearest to `hint`; None if nowhere."""
+def find(lines: list[str], hunk: Hunk, start: int, hint: int) -> int | None:
+    """Index in `lines`, from `start` on, where the hunk's old lines stand: at `hint`, or in the one place where they do;
+    None if nowhere or if several places fit."""
     n = len(hunk.old)
-    places = [i for i in range(len(lines) - n + 1) if lines[i : i + n] == hunk.old]
-    return min(places, key=lambda i: abs(i - hint), default=None)
+    places = [i for i in range(start, len(lines) - n + 1) if lines[i : i + n] == hunk.old]
+    if hint in places:
+        return hint
+    return places[0] if len(places) == 1 else None
 
 
 def apply_hunks(text: str, hunks: list[Hunk]) -> tuple[str, list[tuple[Hunk, int | None]]]:
     """Apply one file's hunks in order. Returns the new text and, for each hunk, how far it moved (None: not found)."""
     lines = text.splitlines(keepends=True)
     report: list[tuple[Hunk, int | None]] = []
-    shift = 0
+    shift = start = 0
     for hunk in hunks:
         hint = hunk.line - 1 + shift
-        at = find(lines, hunk, hint)
+        at = find(lines, hunk, start, hint)
         report.append((hunk, None if at is None else at - hint))
         if at is not None:
             lines[at : at + len(hunk.old)] = hunk.new
             shift += at - hint + len(hunk.new) - len(hunk.old)
+            start = at + len(hunk.new)
     return "".join(lines), report
 
 
@@ -129,7 +133,7 @@ def fetch(lock: dict[str, str], cache: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as tmp:
             requirement = Path(tmp) / "requirement.txt"
             requirement.write_text(f"{lock['package']}=={lock['version']} --hash=sha256:{lock['sha256']}\n")
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:",
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", lock["package"],
                        "--require-hashes", "--disable-pip-version-check", "-q", "-d", tmp, "-r", str(requirement)]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode != 0 or not (Path(tmp) / lock["archive"]).exists():
@@ -172,12 +176,11 @@ def prepare(out: Path, cache: Path, checkout: Path | None, patches: Path) -> Non
             raise Stop(f"{checkout} is not a llama.cpp checkout (no ggml/include/ggml.h)")
         files, source = checkout_files(checkout), ""
     else:
-        archive = fetch(lock, cache)
         source = lock["sha256"] + "".join(sha256(p) for p in sorted(patches.glob("*.patch"))) + sha256(Path(__file__))
         stamp = out / STAMP
         if stamp.exists() and stamp.read_text() == source:
             return
-        files = archive_files(archive, lock["subdirectory"])
+        files = archive_files(fetch(lock, cache), lock["subdirectory"])
 
     (out / STAMP).unlink(missing_ok=True)  # whatever stops us below, the next run starts over
     written = 0

@@ -8,6 +8,10 @@
 #include <math.h>
 #include <string.h>
 
+#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
+#error "the format needs float arithmetic that is not evaluated in a wider type (on x86: SSE2)"
+#endif
+
 #define N TQ_BLOCK_SIZE
 
 _Static_assert(sizeof(tq2_block) == 18 && sizeof(tq3_block) == 26 && sizeof(tq4_block) == 34, "blocks have no padding");
@@ -280,7 +284,7 @@ static void encode_block(const struct tq_type_info * info, const float * x, uint
 
     int e;
     frexpf(amax, &e);
-    e -= 1; // amax is in [2^e, 2^(e+1))
+    e = e > 127 ? 126 : e - 1; // amax is in [2^e, 2^(e+1)), and 2^-e a normal number
 
     float y[N];
     const float down = ldexpf(1.0f, -e);
@@ -323,7 +327,7 @@ static void encode_block(const struct tq_type_info * info, const float * x, uint
         pack(sign_bits, 1, planes + 8*info->code_bits);
         add_sketch(sign_bits, codebooks[info->code_bits].kappa, q);
         const float uq = dot(y, q);
-        s = uq > 0.0f ? dot(y, y)/uq : uq/dot(q, q);
+        s = uq > 0.0f ? dot(y, y)/uq : 0.0f;
     }
 
     const uint16_t d = fp32_to_fp16(ldexpf(s/g, e));

@@ -142,7 +142,7 @@ int main(int argc, char ** argv) {
         const double err     = attention_error(c, rng, false);
         const double damaged = attention_error(c, rng, true);
         worst = std::fmax(worst, err);
-        if (!(err < max_error) || !(damaged > max_error)) {
+        if (!(err < max_error) || damaged < max_error) {
             printf("FAIL K %s V %s, head dims %d/%d, %d/%d heads, %d cached, %d queries: error %.2e, with damaged rows %.2e\n",
                 ggml_type_name(c.type_k), ggml_type_name(c.type_v), c.d_k, c.d_v, c.n_head, c.n_head_kv, c.n_kv, c.n_q, err, damaged);
             n_failed++;

@@ -1,11 +1,14 @@
 #include "llama-tq.h"
 
+#include "llama-graph.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
+#include "llama-kv-cells.h"
 #include "llama-model.h"
 
 #include "ggml-cpp.h"
 
+#include <memory>
 #include <stdexcept>
 
 static bool check_head_dims(const llama_model & model, ggml_type type, char role) {
@@ -27,10 +30,11 @@ static bool check_head_dims(const llama_model & model, ggml_type type, char role
 }
 
 bool llama_tq_check(const llama_model & model, llama_context_params & params) {
-    const bool by_role = ggml_tq_is_type(params.type_k) && ggml_tq_is_type(params.type_v) &&
+    const bool one_tensor = model.hparams.is_mla() || model.arch == LLM_ARCH_DEEPSEEK4; // upstream wants one type for both
+    const bool by_role    = ggml_tq_is_type(params.type_k) && ggml_tq_is_type(params.type_v) &&
         params.type_k - GGML_TYPE_TQ2_QJL == params.type_v - GGML_TYPE_TQ2_MSE;
-    if (model.hparams.is_mla() && by_role) {
-        LLAMA_LOG_WARN("%s: this model (MLA) caches keys and values in one tensor: its type is %s\n",
+    if (one_tensor && by_role) {
+        LLAMA_LOG_WARN("%s: this model (MLA) caches keys and values in one tensor, of the type for K: %s\n",
             __func__, ggml_type_name(params.type_k));
         params.type_v = params.type_k;
     }
@@ -66,13 +70,80 @@ void llama_tq_require_device(ggml_backend_dev_t dev, ggml_type type_k, ggml_type
     }
 }
 
+class llm_graph_input_tq_shift : public llm_graph_input_i {
+public:
+    void set_input(const llama_ubatch *) override {
+        ggml_backend_tensor_set(cells, index.data(), 0, ggml_nbytes(cells));
+    }
+
+    ggml_tensor *        cells; // I32 [n_cells]
+    std::vector<int32_t> index;
+};
+
+ggml_tensor * llama_tq_shift_cells(llm_graph_result * res, ggml_type type_k, ggml_tensor * k_shift,
+        const std::vector<llama_kv_cells> & streams) {
+    if (!ggml_tq_is_type(type_k)) {
+        return nullptr;
+    }
+    auto inp = std::make_unique<llm_graph_input_tq_shift>();
+    int32_t first = 0;
+    for (const auto & cells : streams) {
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            if (!cells.is_empty(i) && cells.get_shift(i) != 0) {
+                inp->index.push_back(first + (int32_t) i);
+            }
+        }
+        first += (int32_t) cells.size();
+    }
+    if (inp->index.empty()) {
+        // shifts that cancel: upstream still fills k_shift, so something in the graph has to own it
+        ggml_build_forward_expand(res->get_gf(), ggml_dup(res->get_ctx(), k_shift));
+        return nullptr;
+    }
+    ggml_tensor * cells = ggml_new_tensor_1d(res->get_ctx(), GGML_TYPE_I32, (int64_t) inp->index.size());
+    ggml_set_input(cells);
+    inp->cells = cells;
+    res->add_input(std::move(inp));
+    return cells;
+}
+
+void llama_tq_shift(llm_graph_result * res, ggml_tensor * k, ggml_tensor * cells, ggml_tensor * k_shift, int64_t n_embd_head,
+        int64_t n_nope, const std::function<ggml_tensor * (ggml_tensor * cur, ggml_tensor * shift)> & rope) {
+    if (!cells) {
+        return;
+    }
+    ggml_context * ctx = res->get_ctx();
+    const int64_t n_cells = cells->ne[0];
+    const int64_t n_row   = k->ne[0];
+
+    ggml_tensor * shift = ggml_get_rows(ctx, ggml_reshape_2d(ctx, k_shift, 1, ggml_nelements(k_shift)), cells);
+    shift = ggml_reshape_1d(ctx, shift, n_cells);
+
+    ggml_tensor * rows = ggml_view_2d(ctx, k, n_row, k->ne[1]*k->ne[2], k->nb[1], 0); // all streams
+    ggml_tensor * cur  = ggml_get_rows(ctx, rows, cells);                             // F32
+    cur = ggml_reshape_3d(ctx, cur, n_embd_head, n_row/n_embd_head, n_cells);
+    if (n_nope > 0) {
+        ggml_tensor * nope = ggml_view_3d(ctx, cur, n_nope, cur->ne[1], n_cells, cur->nb[1], cur->nb[2], 0);
+        ggml_tensor * part = ggml_view_3d(ctx, cur, n_embd_head - n_nope, cur->ne[1], n_cells, cur->nb[1], cur->nb[2],
+            n_nope*cur->nb[0]);
+        cur = ggml_concat(ctx, nope, rope(ggml_cont(ctx, part), shift), 0);
+    } else {
+        cur = rope(cur, shift); // leaves what lies behind the roped coordinates
+    }
+    ggml_build_forward_expand(res->get_gf(), ggml_set_rows(ctx, rows, ggml_reshape_2d(ctx, cur, n_row, n_cells), cells));
+}
+
 static std::string describe(int32_t state_type) {
     const int32_t type = state_type & 0xffff;
-    if (type >= GGML_TYPE_COUNT || ggml_blck_size((ggml_type) type) == 0) {
+    const bool    tagged = state_type != type;
+    if (type >= GGML_TYPE_COUNT || ggml_blck_size((ggml_type) type) == 0 || (tagged && !ggml_tq_is_type((ggml_type) type))) {
         return "an unknown type (" + std::to_string(state_type) + ")";
     }
     const std::string name = ggml_type_name((ggml_type) type);
-    return ggml_tq_is_type((ggml_type) type) ? name + ", format version " + std::to_string((state_type >> 16) - 1) : name;
+    if (!ggml_tq_is_type((ggml_type) type)) {
+        return name;
+    }
+    return name + (tagged ? ", format version " + std::to_string((state_type >> 16) - 1) : ", without a format version");
 }
 
 std::string llama_tq_state_mismatch(int32_t expected, int32_t found) {

@@ -5,8 +5,13 @@
 #include "ggml-backend.h"
 #include "ggml-tq-names.h"
 
+#include <functional>
+#include <vector>
+
 struct llama_model;
 struct llama_context_params;
+class  llama_kv_cells;
+class  llm_graph_result;
 
 // llama_init_from_model: refuses (with a message, before anything is allocated) a model whose head dims the types do not
 // support; for MLA models, whose one tensor is key and value, gives V the K type if both were asked for by role; prints
@@ -15,6 +20,16 @@ bool llama_tq_check(const llama_model & model, llama_context_params & params);
 
 // llama_kv_cache: throws if the device that holds a layer's cache cannot store the types; there is no silent fallback
 void llama_tq_require_device(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v);
+
+// K-shift. Only cells whose position changes are decoded, roped and encoded again, whole heads at a time: encoding is
+// lossy, and neither sinks nor other sequences may pay for a shift that does not move them.
+// llama_tq_shift_cells returns the indices of those cells as a graph input (nullptr if there are none, or the type is not
+// ours); llama_tq_shift adds one layer's ops. rope(cur, shift) turns the coordinates of cur in place; n_nope is how many
+// coordinates of a head precede the roped ones (MLA).
+ggml_tensor * llama_tq_shift_cells(llm_graph_result * res, ggml_type type_k, ggml_tensor * k_shift,
+    const std::vector<llama_kv_cells> & streams);
+void llama_tq_shift(llm_graph_result * res, ggml_tensor * k, ggml_tensor * cells, ggml_tensor * k_shift, int64_t n_embd_head,
+    int64_t n_nope, const std::function<ggml_tensor * (ggml_tensor * cur, ggml_tensor * shift)> & rope);
 
 // state restore: "the file holds tq3_qjl, format version 0; this context uses q8_0"
 std::string llama_tq_state_mismatch(int32_t expected, int32_t found);

@@ -104,7 +104,7 @@ def encode(x: ArrayLike, tq: TqType) -> Bytes:
     normal = finite & (peak >= TINY)
 
     # Blocks outside `normal` are overwritten below; ones keep them out of the arithmetic.
-    exponent = np.where(normal, np.frexp(peak)[1] - 1, 0)  # floor(log2 peak)
+    exponent = np.where(normal, np.minimum(np.frexp(peak)[1] - 1, 126), 0)  # floor(log2 peak)
     y = rotate(np.ldexp(np.where(normal, x, np.float32(1)), -exponent))
     g = 8 / np.sqrt(tree_sum(y * y))
     u = y * g
@@ -118,7 +118,7 @@ def encode(x: ArrayLike, tq: TqType) -> Bytes:
         sign = sketch(u - q) < 0
         q = q + book.kappa * unsketch(_signs(sign))
         uq = tree_sum(u * q)
-        s = np.where(uq > 0, tree_sum(u * u) / uq, uq / tree_sum(q * q))
+        s = np.where(uq > 0, tree_sum(u * u) / uq, np.float32(0))
         code = index | sign.astype(np.uint8) << book.bits
     else:
         s = tree_sum(u * q) / tree_sum(q * q)
