@@ -26,10 +26,30 @@ CONTEXT = 8192
 
 def measure(cache_type: str, prompt: str) -> tuple[float, str, float]:
     """Generate 64 tokens with llama-completion. Returns cache size in MiB, resolved types, tokens a second."""
-    command = [BIN / "llama-completion", "-m", MODEL, "-no-cnv", "-p", prompt, "-n", "64", "--temp", "0", "--ignore-eos",
-               "-lv", "4", "-c", str(CONTEXT), "-ctk", cache_type, "-ctv", cache_type]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, errors="replace")
+    command = [
+        BIN / "llama-completion",
+        "-m",
+        MODEL,
+        "-no-cnv",
+        "-p",
+        prompt,
+        "-n",
+        "64",
+        "--temp",
+        "0",
+        "--ignore-eos",
+        "-lv",
+        "4",
+        "-c",
+        str(CONTEXT),
+        "-ctk",
+        cache_type,
+        "-ctv",
+        cache_type,
+    ]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     cache = re.search(r"llama_kv_cache: size = +([\d.]+) MiB.*K \((\w+)\).*V \((\w+)\)", done.stdout)
     speed = re.search(r" eval time =.*?([\d.]+) tokens per second", done.stdout.replace("prompt eval", "prompt"))
     if done.returncode != 0 or not cache or not speed:
@@ -48,8 +68,24 @@ def main() -> int:
             return 1
 
     console = Console()
-    command = [BIN / "llama-cli", "-m", MODEL, "-st", "-p", args.prompt, "-n", "96", "--temp", "0", "-c", str(CONTEXT),
-               "-ctk", args.type, "-ctv", args.type]
+    command = [
+        BIN / "llama-cli",
+        "-m",
+        MODEL,
+        "-st",
+        "-p",
+        args.prompt,
+        "-n",
+        "96",
+        "--temp",
+        "0",
+        "-c",
+        str(CONTEXT),
+        "-ctk",
+        args.type,
+        "-ctv",
+        args.type,
+    ]
     console.rule(f"llama-cli --cache-type-k {args.type} --cache-type-v {args.type}")
     status = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
     if status != 0:
@@ -66,9 +102,12 @@ def main() -> int:
         reference = reference or size
         table.add_row(cache_type, resolved, f"{size:.1f}", f"{reference / size:.2f}x", f"{speed:.0f}")
     console.print(table)
-    console.print(f"Chat:   {BIN / 'llama-cli'} -m {MODEL} -ctk {args.type} -ctv {args.type}", highlight=False, soft_wrap=True)
-    console.print("Tests:  make test      Types:  .venv/bin/ggml-tq types      Read:  README.md, docs/format.md",
-                  highlight=False)
+    console.print(
+        f"Chat:   {BIN / 'llama-cli'} -m {MODEL} -ctk {args.type} -ctv {args.type}", highlight=False, soft_wrap=True
+    )
+    console.print(
+        "Tests:  make test      Types:  .venv/bin/ggml-tq types      Read:  README.md, docs/format.md", highlight=False
+    )
     return 0
 
 

@@ -103,13 +103,39 @@ def main() -> int:
             print(f"error: {file} is missing", file=sys.stderr)
             return 1
 
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.machine())
-    settings = {"model": args.model.name, "model_sha256": sha256(args.model), "text": args.text.name,
-                "text_sha256": sha256(args.text), "context": args.context, "chunks": args.chunks,
-                "binary_sha256": sha256(BIN)}
-    common = ["-m", str(args.model), "-f", str(args.text), "-c", str(args.context), "--chunks", str(args.chunks),
-              "-fa", "on", "-lv", "4", "-t", str(args.threads)]
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    settings = {
+        "model": args.model.name,
+        "model_sha256": sha256(args.model),
+        "text": args.text.name,
+        "text_sha256": sha256(args.text),
+        "context": args.context,
+        "chunks": args.chunks,
+        "binary_sha256": sha256(BIN),
+    }
+    common = [
+        "-m",
+        str(args.model),
+        "-f",
+        str(args.text),
+        "-c",
+        str(args.context),
+        "--chunks",
+        str(args.chunks),
+        "-fa",
+        "on",
+        "-lv",
+        "4",
+        "-t",
+        str(args.threads),
+    ]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     log = args.output.with_suffix(".jsonl")
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -129,15 +155,28 @@ def main() -> int:
                 continue
             status.update(f"{n + 1}/{len(jobs)}: {name}, {path}")
             one_by_one = ["-ub", "1"] if path == "decode" else []
-            out = run([*common, *one_by_one, "-ctk", name, "-ctv", name, "--kl-divergence-base", str(base),
-                       "--kl-divergence"])
-            cache = re.search(r"llama_kv_cache: size = .*?\( *(\d+) cells.*K \((\w+)\): +([\d.]+) MiB, V \((\w+)\)", out)
+            out = run(
+                [*common, *one_by_one, "-ctk", name, "-ctv", name, "--kl-divergence-base", str(base), "--kl-divergence"]
+            )
+            cache = re.search(
+                r"llama_kv_cache: size = .*?\( *(\d+) cells.*K \((\w+)\): +([\d.]+) MiB, V \((\w+)\)", out
+            )
             if cache is None:
                 raise SystemExit("error: llama-perplexity did not print its cache types")
             k, v = cache[2], cache[4]
             bits = {"q8_0": 8.5, "q4_0": 4.5, "f16": 16.0}.get(k) or int(k[2]) + 0.25
-            rows.append({**settings, "type": name, "path": path, "effective": f"{k} / {v}", "bits": bits, "cpu": cpu,
-                         "date": datetime.date.today().isoformat(), **figures(out)})
+            rows.append(
+                {
+                    **settings,
+                    "type": name,
+                    "path": path,
+                    "effective": f"{k} / {v}",
+                    "bits": bits,
+                    "cpu": cpu,
+                    "date": datetime.date.today().isoformat(),
+                    **figures(out),
+                }
+            )
             log.write_text("".join(json.dumps(r) + "\n" for r in rows))
             args.output.with_suffix(".md").write_text(table(rows))
     console.print(args.output.with_suffix(".md").read_text(), markup=False, highlight=False, soft_wrap=True)

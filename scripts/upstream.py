@@ -69,8 +69,8 @@ def read_patch(file: Path) -> list[Hunk]:
 
 
 def find(lines: list[str], hunk: Hunk, start: int, hint: int) -> int | None:
-    """Index in `lines`, from `start` on, where the hunk's old lines stand: at `hint`, or in the one place where they do;
-    None if nowhere or if several places fit."""
+    """Index in `lines`, from `start` on, of the hunk's old lines: `hint` if they stand there, else the one place
+    where they do; None if there is none or if there are several."""
     n = len(hunk.old)
     places = [i for i in range(start, len(lines) - n + 1) if lines[i : i + n] == hunk.old]
     if hint in places:
@@ -133,17 +133,33 @@ def fetch(lock: dict[str, str], cache: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as tmp:
             requirement = Path(tmp) / "requirement.txt"
             requirement.write_text(f"{lock['package']}=={lock['version']} --hash=sha256:{lock['sha256']}\n")
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", lock["package"],
-                       "--require-hashes", "--disable-pip-version-check", "-q", "-d", tmp, "-r", str(requirement)]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--no-binary",
+                lock["package"],
+                "--require-hashes",
+                "--disable-pip-version-check",
+                "-q",
+                "-d",
+                tmp,
+                "-r",
+                str(requirement),
+            ]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode != 0 or not (Path(tmp) / lock["archive"]).exists():
                 raise Stop(f"pip could not fetch {lock['package']} {lock['version']}:\n{done.stdout.strip()}")
             (Path(tmp) / lock["archive"]).rename(archive)
     got = sha256(archive)
     if got != lock["sha256"]:
-        raise Stop(f"{archive} is not the pinned upstream (changed or truncated):\n"
-                   f"  sha256 expected {lock['sha256']}\n  sha256 found    {got}\n"
-                   "  Delete the file to fetch it again.")
+        raise Stop(
+            f"{archive} is not the pinned upstream (changed or truncated):\n"
+            f"  sha256 expected {lock['sha256']}\n  sha256 found    {got}\n"
+            "  Delete the file to fetch it again."
+        )
     return archive
 
 
@@ -201,8 +217,10 @@ def prepare(out: Path, cache: Path, checkout: Path | None, patches: Path) -> Non
     failed += [groups[0][0] for path, groups in series.items() if path not in seen]
     if failed:
         places = "\n".join(f"  {h.patch}: {h.path}, near line {h.line}" for h in failed)
-        raise Stop(f"{len(failed)} hook(s) do not apply to this upstream:\n{places}\n"
-                   "  scripts/check_upstream.py --llama-cpp DIR shows the whole series.")
+        raise Stop(
+            f"{len(failed)} hook(s) do not apply to this upstream:\n{places}\n"
+            "  scripts/check_upstream.py --llama-cpp DIR shows the whole series."
+        )
     for stale in [f for f in out.rglob("*") if f.is_file() and f.relative_to(out).as_posix() not in seen]:
         stale.unlink()
     if source:

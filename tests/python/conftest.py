@@ -118,9 +118,7 @@ class Fork:
             pytest.fail(f"{path} is missing: build first, or set GGML_TQ_BUILD")
         return str(path)
 
-    def run(
-        self, name: str, *args: object, last: str = "", timeout: float = 120, cwd: Path | None = None
-    ) -> Result:
+    def run(self, name: str, *args: object, last: str = "", timeout: float = 120, cwd: Path | None = None) -> Result:
         """Run to the end.
 
         Upstream's programs log from a thread of their own and end without waiting for it, so now and then
@@ -286,9 +284,7 @@ class Divergence:
             self.bases[key] = path
         return self.bases[key]
 
-    def measure(
-        self, model: Path, cache: tuple[str, str], *args: object, ctx: int = 256, chunks: int = 1
-    ) -> float:
+    def measure(self, model: Path, cache: tuple[str, str], *args: object, ctx: int = 256, chunks: int = 1) -> float:
         """Mean KL divergence of the next-token distributions."""
         options = ("--kl-divergence", "--kl-divergence-base", self.base(model, ctx, chunks))
         types = ("-ctk", cache[0], "-ctv", cache[1])

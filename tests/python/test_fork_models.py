@@ -44,9 +44,7 @@ def test_supported_head_dims(random_model: RandomModel, divergence: Divergence, 
     ("k", "v"), [("tq3", "tq3"), ("tq4_mse", "f16"), ("f16", "tq2_qjl"), ("q8_0", "tq3"), ("tq3", "q8_0")]
 )
 @pytest.mark.parametrize("head_dim", [40, 80, 96])
-def test_other_head_dims_are_refused(
-    fork: Fork, random_model: RandomModel, head_dim: int, k: str, v: str
-) -> None:
+def test_other_head_dims_are_refused(fork: Fork, random_model: RandomModel, head_dim: int, k: str, v: str) -> None:
     roles = [role for role, name in (("K", k), ("V", v)) if name.startswith("tq")]
     message = rf"{roles[0]} head dim of {head_dim}\b.*64, 128, 192, 256, 512, 576"
     fork.refuses_completion(message, random_model(Llama(head_dim)), cache=(k, v))
@@ -67,9 +65,7 @@ def test_every_program_refuses_a_head_dim(fork: Fork, random_model: RandomModel,
 
 
 @pytest.mark.parametrize("head_dim", [80, 96])
-def test_upstreams_types_still_take_other_head_dims(
-    fork: Fork, random_model: RandomModel, head_dim: int
-) -> None:
+def test_upstreams_types_still_take_other_head_dims(fork: Fork, random_model: RandomModel, head_dim: int) -> None:
     fork.complete(random_model(Llama(head_dim)), cache=("f16", "f16"), n=4)
 
 

@@ -70,18 +70,14 @@ def test_context_shift_in_the_server(fork: Fork, smollm2: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("model", [Llama(128), Gemma3()], ids=["llama", "window"])
-def test_context_shift_of_other_models(
-    fork: Fork, random_model: Callable[[Model], Path], model: Model
-) -> None:
+def test_context_shift_of_other_models(fork: Fork, random_model: Callable[[Model], Path], model: Model) -> None:
     options = ("--context-shift", "-lv", 5)
     result = fork.complete(random_model(model), *options, n=300, ctx=256, cache=("tq4", "tq4"))
     assert "applying K-shift" in result.err
 
 
 @pytest.mark.parametrize("model", [DeepSeek2(), Gemma3(rope_dim=128), Gemma3(rope_dim=32)])
-def test_context_shift_of_partly_rotated_keys(
-    fork: Fork, random_model: Callable[[Model], Path], model: Model
-) -> None:
+def test_context_shift_of_partly_rotated_keys(fork: Fork, random_model: Callable[[Model], Path], model: Model) -> None:
     """Upstream cannot write a part of a quantized key: it must say so, and stop where the context ends."""
     options = ("--context-shift", "-lv", 5)
     result = fork.complete(random_model(model), *options, n=300, ctx=256, cache=("tq4", "tq4"))

@@ -84,9 +84,7 @@ def test_a_file_of_another_type_is_refused_by_ours(fork: Fork, smollm2: Path, tm
     fork.refuses_completion(message, smollm2, "--prompt-cache", saved, prompt=PROMPT, cache=TQ4)
 
 
-def test_another_format_version_is_refused(
-    fork: Fork, smollm2: Path, prompt_cache: Path, tmp_path: Path
-) -> None:
+def test_another_format_version_is_refused(fork: Fork, smollm2: Path, prompt_cache: Path, tmp_path: Path) -> None:
     saved = tmp_path / "version.bin"
     saved.write_bytes(with_next_version(prompt_cache.read_bytes()))
     found, expected = (rf"tq4_qjl, format version {n}" for n in (r"(\d+)", r"(?!\1)\d+"))
@@ -95,15 +93,11 @@ def test_another_format_version_is_refused(
 
 
 @pytest.mark.parametrize("where", cuts(0))
-def test_a_truncated_file_is_refused(
-    fork: Fork, smollm2: Path, prompt_cache: Path, tmp_path: Path, where: str
-) -> None:
+def test_a_truncated_file_is_refused(fork: Fork, smollm2: Path, prompt_cache: Path, tmp_path: Path, where: str) -> None:
     data = prompt_cache.read_bytes()
     saved = tmp_path / "short.bin"
     saved.write_bytes(data[: cuts(len(data))[where]])
-    fork.refuses_completion(
-        "failed to load session file", smollm2, "--prompt-cache", saved, prompt=PROMPT, cache=TQ4
-    )
+    fork.refuses_completion("failed to load session file", smollm2, "--prompt-cache", saved, prompt=PROMPT, cache=TQ4)
 
 
 def test_slots_are_saved_and_restored(fork: Fork, smollm2: Path, tmp_path: Path) -> None:

@@ -58,9 +58,7 @@ def test_perplexity_prints_the_types(fork: Fork, smollm2: Path, prose: Path) -> 
     fork.run("llama-perplexity", "-m", smollm2, *options, last=announcement("tq3_qjl", "tq3_mse")).ok()
 
 
-@pytest.mark.parametrize(
-    ("k", "v"), [("tq2", "tq2"), ("tq3", "tq3"), ("tq4", "tq4"), ("tq3", "q8_0"), ("f16", "tq4")]
-)
+@pytest.mark.parametrize(("k", "v"), [("tq2", "tq2"), ("tq3", "tq3"), ("tq4", "tq4"), ("tq3", "q8_0"), ("f16", "tq4")])
 def test_kv_buffer_is_as_large_as_the_bits_say(fork: Fork, smollm2: Path, k: str, v: str) -> None:
     ctx = 8192
     result = fork.complete(smollm2, *VERBOSE, n=1, ctx=ctx, cache=(k, v))

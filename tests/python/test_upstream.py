@@ -43,8 +43,18 @@ def checkout(tmp_path: Path) -> Path:
 
 def prepare(checkout: Path) -> subprocess.CompletedProcess[str]:
     top = checkout.parent
-    return script("upstream.py", "prepare", "--out", top / "out", "--cache", top / "cache", "--llama-cpp", checkout,
-                  "--patches", top / "patches")
+    return script(
+        "upstream.py",
+        "prepare",
+        "--out",
+        top / "out",
+        "--cache",
+        top / "cache",
+        "--llama-cpp",
+        checkout,
+        "--patches",
+        top / "patches",
+    )
 
 
 def test_hooks_follow_moved_lines_and_a_second_run_writes_nothing(checkout: Path) -> None:

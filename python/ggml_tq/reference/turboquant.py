@@ -65,8 +65,7 @@ class TqType:
 
 
 TYPES: dict[str, TqType] = {
-    t.name: t
-    for t in (TqType(120 + 3 * qjl + bits - 2, bits, qjl) for qjl in (False, True) for bits in (2, 3, 4))
+    t.name: t for t in (TqType(120 + 3 * qjl + bits - 2, bits, qjl) for qjl in (False, True) for bits in (2, 3, 4))
 }
 
 
