@@ -6,7 +6,8 @@
 
 Every type serves keys and values. `--decode` repeats a type one token at a time (-ub 1): a run that generates text
 takes that path, and a batched perplexity never does. Each result is appended to NAME.jsonl as soon as it is there, runs
-already recorded with the same settings are skipped, and NAME.md is the table of all of them.
+already recorded with the same settings are skipped, and NAME.md is the table of all of them. `--readme FILE` puts the
+table between FILE's `<!-- quality -->` and `<!-- /quality -->` lines.
 """
 
 from __future__ import annotations
@@ -87,6 +88,15 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def update_readme(file: Path, text: str) -> None:
+    marked = re.compile(r"(<!-- quality -->\n).*?(<!-- /quality -->)", re.S)
+    old = file.read_text()
+    if not marked.search(old):
+        raise SystemExit(f"error: {file} has no <!-- quality --> … <!-- /quality --> lines")
+    body = text.split("\n", 2)[2]  # without the title
+    file.write_text(marked.sub(lambda m: m[1] + body + m[2], old))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, required=True)
@@ -97,6 +107,7 @@ def main() -> int:
     parser.add_argument("-t", "--threads", type=int, default=os.cpu_count())
     parser.add_argument("--types", nargs="*", default=TYPES, help=f"batched runs (default: {' '.join(TYPES)})")
     parser.add_argument("--decode", nargs="*", default=[], help="types to repeat one token at a time")
+    parser.add_argument("--readme", type=Path, help="put the table into this file too")
     args = parser.parse_args()
     for file in (BIN, args.model, args.text):
         if not file.exists():
@@ -179,6 +190,8 @@ def main() -> int:
             )
             log.write_text("".join(json.dumps(r) + "\n" for r in rows))
             args.output.with_suffix(".md").write_text(table(rows))
+    if args.readme:
+        update_readme(args.readme, args.output.with_suffix(".md").read_text())
     console.print(args.output.with_suffix(".md").read_text(), markup=False, highlight=False, soft_wrap=True)
     return 0
 
