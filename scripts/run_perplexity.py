@@ -189,10 +189,11 @@ def main() -> int:
                 }
             )
             log.write_text("".join(json.dumps(r) + "\n" for r in rows))
-            args.output.with_suffix(".md").write_text(table(rows))
+    text = table(rows)
+    args.output.with_suffix(".md").write_text(text)
     if args.readme:
-        update_readme(args.readme, args.output.with_suffix(".md").read_text())
-    console.print(args.output.with_suffix(".md").read_text(), markup=False, highlight=False, soft_wrap=True)
+        update_readme(args.readme, text)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
