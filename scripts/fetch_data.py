@@ -8,7 +8,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 
-from ggml_tq.cli import FETCH_HELP, fetch
+from ggml_tq.cli.data import FETCH_HELP, fetch
 
 if __name__ == "__main__":
     fetch.__doc__ = FETCH_HELP

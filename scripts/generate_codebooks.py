@@ -17,8 +17,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python"))
 
+from ggml_tq import signs  # noqa: E402
 from ggml_tq.codebook import solve  # noqa: E402
-from ggml_tq.reference import signs  # noqa: E402
 
 HEADER = ROOT / "ggml-tq" / "src" / "tq-codebooks.h"
 BLOCK = 64
@@ -57,9 +57,9 @@ def header() -> str:
         f"#define {name} 0x{word:016X}ULL"
         for name, word in (
             ("TQ_ROTATION_SEED", signs.ROTATION_SEED),
-            ("TQ_ROTATION_SIGNS", signs.ROTATION_WORD),
+            ("TQ_ROTATION_SIGNS", signs.sign_word(signs.ROTATION_SEED)),
             ("TQ_SKETCH_SEED", signs.SKETCH_SEED),
-            ("TQ_SKETCH_SIGNS", signs.SKETCH_WORD),
+            ("TQ_SKETCH_SIGNS", signs.sign_word(signs.SKETCH_SEED)),
         )
     ]
     return "\n".join(lines) + "\n"

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ggml_tq.reference import turboquant as tq
+from ggml_tq import codec
+from ggml_tq.cache_types import TYPES
 
 BUILD = Path(os.environ.get("GGML_TQ_BUILD", Path(__file__).parents[2] / "build"))
 ROWS, DIM = 2000, 192
@@ -45,19 +46,19 @@ def pointer(a: np.ndarray) -> ctypes.c_void_p:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", tq.TYPES)
+@pytest.mark.parametrize("name", TYPES)
 def test_codec(lib: ctypes.CDLL, rng: np.random.Generator, name: str, family: str) -> None:
-    kind = tq.TYPES[name]
+    kind = TYPES[name]
     with np.errstate(over="ignore"):
         x = np.ascontiguousarray(FAMILIES[family](rng), dtype=np.float32)
-    want = tq.encode(x, kind)
+    want = codec.encode(x, kind)
     got = np.empty_like(want)
-    lib.tq_encode(list(tq.TYPES).index(name), pointer(x), pointer(got), ctypes.c_int64(x.size))
+    lib.tq_encode(list(TYPES).index(name), pointer(x), pointer(got), ctypes.c_int64(x.size))
     np.testing.assert_array_equal(got, want)
 
     y = np.empty_like(x)
-    lib.tq_decode(list(tq.TYPES).index(name), pointer(got), pointer(y), ctypes.c_int64(x.size))
-    np.testing.assert_array_equal(y, tq.decode(want, kind))
+    lib.tq_decode(list(TYPES).index(name), pointer(got), pointer(y), ctypes.c_int64(x.size))
+    np.testing.assert_array_equal(y, codec.decode(want, kind))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,7 +66,7 @@ def test_query(lib: ctypes.CDLL, rng: np.random.Generator, family: str) -> None:
     with np.errstate(over="ignore"):
         x = np.ascontiguousarray(FAMILIES[family](rng), dtype=np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        want = tq.encode_query(x)
+        want = codec.encode_query(x)
     got = np.empty_like(want)
     lib.tq_encode_query(pointer(x), pointer(got), ctypes.c_int64(x.size))
     blocks = [a.reshape(-1, 136) for a in (got, want)]

@@ -1,4 +1,4 @@
-"""The ``ggml-tq`` command."""
+"""``ggml-tq fetch`` and ``ggml-tq types``."""
 
 from __future__ import annotations
 
@@ -12,29 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from ggml_tq import __version__, data
-from ggml_tq.reference.turboquant import TYPES
-
-app = typer.Typer(
-    help="TurboQuant KV cache types for llama.cpp: what they are, and the data to try them with.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-)
-
-
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"ggml-tq {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass  # --version acts in its callback
+from ggml_tq import data
+from ggml_tq.cache_types import TYPES
+from ggml_tq.cli.app import app, fail
 
 
 def _advance(progress: Progress, task: TaskID, completed: int) -> None:
@@ -65,8 +45,7 @@ def fetch(
                 done = partial(_advance, progress, task)
                 typer.echo(data.fetch(name, directory or data.data_dir(), done))
     except data.DataError as e:
-        console.print(f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from e
+        raise fail(e) from e
 
 
 @app.command()
@@ -101,7 +80,3 @@ def types(
         cells = (r["id"], r["bits"], r["block_bytes"], r["bits_per_value"])
         table.add_row(r["name"], *map(str, cells), f"{r['distortion']:.4f}")
     Console().print(table)
-
-
-if __name__ == "__main__":
-    app()

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ggml_tq.reference import hadamard, signs
-from ggml_tq.reference.turboquant import TYPES, TqType, decode, encode, encode_query, query_dot
+from ggml_tq import signs, transform
+from ggml_tq.cache_types import TYPES, TqType
+from ggml_tq.codec import decode, encode, encode_query, query_dot
+from ggml_tq.params import DEFAULT
 
 ALL = pytest.mark.parametrize("tq", TYPES.values(), ids=TYPES)
 QJL = pytest.mark.parametrize("tq", [t for t in TYPES.values() if t.qjl], ids=lambda t: t.name)
@@ -69,22 +71,25 @@ def test_seeds_spell_their_names() -> None:
 def test_fwht_is_the_hadamard_matrix() -> None:
     i = np.arange(64)
     parity = np.array([[bin(a & b).count("1") % 2 for a in i] for b in i])
-    np.testing.assert_array_equal(hadamard.fwht(np.eye(64, dtype=np.float32)), 1 - 2 * parity)
+    np.testing.assert_array_equal(transform.fwht(np.eye(64, dtype=np.float32)), 1 - 2 * parity)
 
 
 @given(moderate)
 def test_transforms_invert_and_keep_norms(x: np.ndarray) -> None:
     tolerance = 1e-5 * float(np.max(np.abs(x))) + 1e-30
-    np.testing.assert_allclose(hadamard.unrotate(hadamard.rotate(x)), x, rtol=0, atol=tolerance)
-    np.testing.assert_allclose(hadamard.unsketch(hadamard.sketch(x)), x, rtol=0, atol=tolerance)
-    norms = [np.linalg.norm(v.astype(np.float64)) for v in (x, hadamard.rotate(x), hadamard.sketch(x))]
+    turned = [transform.rht(x, s) for s in (DEFAULT.rotation_signs, DEFAULT.sketch_signs)]
+    for y, s in zip(turned, (DEFAULT.rotation_signs, DEFAULT.sketch_signs), strict=True):
+        np.testing.assert_allclose(transform.rht_inverse(y, s), x, rtol=0, atol=tolerance)
+    norms = [np.linalg.norm(v.astype(np.float64)) for v in (x, *turned)]
     np.testing.assert_allclose(norms, norms[0], rtol=1e-5, atol=1e-30)
 
 
 def test_reference_computes_in_float32() -> None:
     x = normal(3, 128)
-    for f in (hadamard.rotate, hadamard.unrotate, hadamard.sketch, hadamard.unsketch, hadamard.tree_sum):
-        assert f(x.reshape(3, 2, 64)).dtype == np.float32
+    blocks = x.reshape(3, 2, 64)
+    for f in (transform.rht, transform.rht_inverse):
+        assert f(blocks, DEFAULT.rotation_signs).dtype == np.float32
+    assert transform.tree_sum(blocks).dtype == np.float32
     for tq in TYPES.values():
         assert decode(encode(x, tq), tq).dtype == np.float32
 
@@ -237,8 +242,8 @@ def test_layout(tq: TqType) -> None:
     book = tq.codebook
     v = book.centroids_f32[sum(bits[p] << p for p in range(book.bits))]
     if tq.qjl:
-        v = v + book.kappa * hadamard.unsketch(signs.sign_vector(int(planes[-1])))
-    want = hadamard.unrotate(np.float32(scales(data, tq)[0]) * v)
+        v = v + book.kappa * transform.rht_inverse(signs.sign_vector(int(planes[-1])), DEFAULT.sketch_signs)
+    want = transform.rht_inverse(np.float32(scales(data, tq)[0]) * v, DEFAULT.rotation_signs)
     np.testing.assert_array_equal(decode(data, tq), want)
 
 

@@ -8,65 +8,18 @@ All arithmetic is float32: arrays of that dtype times NumPy float32 or Python sc
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ggml_tq.codebook import Codebook, solve
-from ggml_tq.reference.hadamard import BLOCK, Array, rotate, sketch, tree_sum, unrotate, unsketch
+from ggml_tq.cache_types import BLOCK, QUERY_BYTES, TqType
+from ggml_tq.params import DEFAULT, Params
+from ggml_tq.transform import Array, rht, rht_inverse, tree_sum
 
 Bytes = NDArray[np.uint8]
 
 F16_MAX = 65504.0
 TINY = 2.0**-60  # blocks with a smaller maximum are stored as zeros
 NAN_SCALE = 0x7E00
-QUERY_ID = 126
-QUERY_BYTES = 8 + 2 * BLOCK
-
-
-@dataclass(frozen=True)
-class TqType:
-    """One stored cache type: ``bits`` planes of 64 bits and a binary16 scale for each 64 values."""
-
-    id: int  # ggml_type
-    bits: int  # planes, the last a QJL sign if qjl
-    qjl: bool
-
-    @property
-    def name(self) -> str:
-        return f"tq{self.bits}_{'qjl' if self.qjl else 'mse'}"
-
-    @property
-    def block_bytes(self) -> int:
-        return 2 + 8 * self.bits
-
-    @property
-    def bits_per_value(self) -> float:
-        return 8 * self.block_bytes / BLOCK
-
-    @property
-    def codebook(self) -> Codebook:
-        return solve(self.bits - self.qjl, BLOCK)
-
-    @property
-    def distortion(self) -> float:
-        """Expected squared error of a decoded row, relative to the row's own square, in theory.
-
-        ``_mse``: the codebook's D. ``_qjl``: the residual's signs take 2/pi of its square away, which leaves
-        D' = (1 - 2/pi) D, and the unbiased scale 1 / (1 - D') turns that into D' / (1 - D').
-        """
-        d = self.codebook.distortion
-        if not self.qjl:
-            return d
-        d *= 1 - 2 / math.pi
-        return d / (1 - d)
-
-
-TYPES: dict[str, TqType] = {
-    t.name: t for t in (TqType(120 + 3 * qjl + bits - 2, bits, qjl) for qjl in (False, True) for bits in (2, 3, 4))
-}
 
 
 def _blocks(x: ArrayLike) -> Array:
@@ -95,7 +48,7 @@ def _signs(bits: NDArray) -> Array:
     return np.where(bits, np.float32(-1), np.float32(1))
 
 
-def encode(x: ArrayLike, tq: TqType) -> Bytes:
+def encode(x: ArrayLike, tq: TqType, params: Params = DEFAULT) -> Bytes:
     """Rows (..., n) of numbers as uint8 (..., n/64 * block_bytes). Raises ValueError unless 64 divides n."""
     x = _blocks(x)
     finite = np.isfinite(x).all(axis=-1, keepdims=True)
@@ -104,24 +57,23 @@ def encode(x: ArrayLike, tq: TqType) -> Bytes:
 
     # Blocks outside `normal` are overwritten below; ones keep them out of the arithmetic.
     exponent = np.where(normal, np.minimum(np.frexp(peak)[1] - 1, 126), 0)  # floor(log2 peak)
-    y = rotate(np.ldexp(np.where(normal, x, np.float32(1)), -exponent))
+    y = rht(np.ldexp(np.where(normal, x, np.float32(1)), -exponent), params.rotation_signs)
     g = 8 / np.sqrt(tree_sum(y * y))
     u = y * g
 
-    book = tq.codebook
-    index = np.zeros(u.shape, dtype=np.uint8)
-    for t in book.thresholds_f32:
-        index += u > t
-    q = book.centroids_f32[index]
+    quantizer = params.quantizers[tq.name]
+    code = np.zeros(u.shape, dtype=np.uint8)
+    for t in quantizer.thresholds:
+        code += u > t
+    q = quantizer.centroids[code]
     if tq.qjl:
-        sign = sketch(u - q) < 0
-        q = q + book.kappa * unsketch(_signs(sign))
-        uq = tree_sum(u * q)
-        s = np.where(uq > 0, tree_sum(u * u) / uq, np.float32(0))
-        code = index | sign.astype(np.uint8) << book.bits
-    else:
-        s = tree_sum(u * q) / tree_sum(q * q)
-        code = index
+        sign = rht(u - q, params.sketch_signs) < 0
+        q = q + quantizer.kappa * rht_inverse(_signs(sign), params.sketch_signs)
+        code |= sign.astype(np.uint8) << tq.code_bits
+    uq = tree_sum(u * q)
+    with np.errstate(divide="ignore", invalid="ignore"):  # where uq is not positive
+        s = tree_sum(u * u) / uq if tq.qjl else uq / tree_sum(q * q)
+    s = np.where(uq > 0, s, np.float32(0))
 
     with np.errstate(over="ignore"):  # the largest rows overflow here, and saturate
         scale = np.minimum(np.ldexp(s / g, exponent), np.float32(F16_MAX)).astype("<f2")
@@ -132,30 +84,29 @@ def encode(x: ArrayLike, tq: TqType) -> Bytes:
     return _join(np.concatenate([scale.view(np.uint8), *planes], axis=-1))
 
 
-def _unpack(data: Bytes, tq: TqType) -> tuple[Array, Array, Array | None]:
+def _unpack(data: Bytes, tq: TqType, params: Params) -> tuple[Array, Array, Array | None]:
     """Scales (..., blocks, 1), centroids and, for ``_qjl``, signs (..., blocks, 64) of stored rows."""
     blocks = _split(data, tq.block_bytes)
     scale = np.ascontiguousarray(blocks[..., :2]).view("<f2").astype(np.float32)
     planes = blocks[..., 2:].reshape(*blocks.shape[:-1], tq.bits, 8)
     bits = np.unpackbits(planes, axis=-1, bitorder="little")
-    book = tq.codebook
-    index = sum(bits[..., p, :] << p for p in range(book.bits))
-    return scale, book.centroids_f32[index], _signs(bits[..., -1, :]) if tq.qjl else None
+    index = sum(bits[..., p, :] << p for p in range(tq.code_bits))
+    return scale, params.quantizers[tq.name].centroids[index], _signs(bits[..., -1, :]) if tq.qjl else None
 
 
-def decode(data: Bytes, tq: TqType) -> Array:
+def decode(data: Bytes, tq: TqType, params: Params = DEFAULT) -> Array:
     """Inverse of ``encode``: uint8 (..., n/64 * block_bytes) as float32 rows (..., n)."""
-    scale, v, signs = _unpack(data, tq)
+    scale, v, signs = _unpack(data, tq, params)
     if signs is not None:
-        v = v + tq.codebook.kappa * unsketch(signs)
+        v = v + params.quantizers[tq.name].kappa * rht_inverse(signs, params.sketch_signs)
     with np.errstate(invalid="ignore"):  # infinite scales
-        return _join(unrotate(scale * v))
+        return _join(rht_inverse(scale * v, params.rotation_signs))
 
 
-def encode_query(a: ArrayLike) -> Bytes:
+def encode_query(a: ArrayLike, params: Params = DEFAULT) -> Bytes:
     """Rows (..., n) of numbers as query rows, uint8 (..., n/64 * 136) (section 6)."""
-    b = rotate(_blocks(a))
-    (b_scale, b_codes), (f_scale, f_codes) = _int8(b), _int8(sketch(b))
+    b = rht(_blocks(a), params.rotation_signs)
+    (b_scale, b_codes), (f_scale, f_codes) = _int8(b), _int8(rht(b, params.sketch_signs))
     parts = [part.view(np.uint8) for part in (b_scale, f_scale, b_codes, f_codes)]
     return _join(np.concatenate(parts, axis=-1))
 
@@ -171,16 +122,16 @@ def _int8(v: Array) -> tuple[Array, NDArray[np.int8]]:
     return scale.astype("<f4"), codes.astype(np.int8)
 
 
-def query_dot(data: Bytes, query: Bytes, tq: TqType) -> NDArray[np.float64]:
+def query_dot(data: Bytes, query: Bytes, tq: TqType, params: Params = DEFAULT) -> NDArray[np.float64]:
     """Inner products of stored rows and query rows of as many blocks, leading axes broadcast (section 6).
 
     The terms are exact to float64; only their order of addition differs between implementations.
     """
-    scale, centroids, signs = _unpack(data, tq)
+    scale, centroids, signs = _unpack(data, tq, params)
     blocks = _split(query, QUERY_BYTES)
     scales = np.ascontiguousarray(blocks[..., :8]).view("<f4").astype(np.float64)
     codes = np.ascontiguousarray(blocks[..., 8:]).view(np.int8).astype(np.float64)
     dot = scales[..., 0] * np.sum(centroids * codes[..., :BLOCK], axis=-1)
     if signs is not None:
-        dot = dot + tq.codebook.kappa * scales[..., 1] * np.sum(signs * codes[..., BLOCK:], axis=-1)
+        dot = dot + params.quantizers[tq.name].kappa * scales[..., 1] * np.sum(signs * codes[..., BLOCK:], axis=-1)
     return np.sum(scale[..., 0] * dot, axis=-1)

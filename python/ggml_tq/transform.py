@@ -1,4 +1,4 @@
-"""The two randomized Hadamard transforms of 64 coordinates (docs/format.md, section 3), in binary32.
+"""The randomized Hadamard transform of 64 coordinates (docs/format.md, section 3), in binary32.
 
 Every function works on the last axis, which must have length 64, and returns a new float32 array.
 """
@@ -8,13 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_tq.reference.signs import ROTATION_WORD, SKETCH_WORD, sign_vector
-
 Array = NDArray[np.float32]
 BLOCK = 64
 _SCALE = np.float32(0.125)  # 1/sqrt(64)
-_ROTATION = sign_vector(ROTATION_WORD)
-_SKETCH = sign_vector(SKETCH_WORD)
 
 
 def fwht(v: Array) -> Array:
@@ -34,19 +30,10 @@ def tree_sum(v: Array) -> Array:
     return v
 
 
-def rotate(x: Array) -> Array:
-    return fwht(x * _ROTATION) * _SCALE
+def rht(x: Array, signs: Array) -> Array:
+    """Randomized Hadamard transform: ``signs`` (64,) of +1 and -1, then FWHT/8. Orthogonal."""
+    return fwht(x * signs) * _SCALE
 
 
-def unrotate(y: Array) -> Array:
-    """Inverse of ``rotate``."""
-    return fwht(y) * _SCALE * _ROTATION
-
-
-def sketch(y: Array) -> Array:
-    return fwht(y * _SKETCH) * _SCALE
-
-
-def unsketch(w: Array) -> Array:
-    """Inverse of ``sketch``."""
-    return fwht(w) * _SCALE * _SKETCH
+def rht_inverse(y: Array, signs: Array) -> Array:
+    return fwht(y) * _SCALE * signs

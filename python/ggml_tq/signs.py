@@ -29,7 +29,3 @@ def sign_word(seed: int) -> int:
 def sign_vector(word: int) -> NDArray[np.float32]:
     """A sign word as 64 numbers +1 (bit 0) or -1 (bit 1)."""
     return np.array([-1 if word >> i & 1 else 1 for i in range(64)], dtype=np.float32)
-
-
-ROTATION_WORD = sign_word(ROTATION_SEED)
-SKETCH_WORD = sign_word(SKETCH_SEED)
