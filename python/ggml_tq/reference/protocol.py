@@ -6,11 +6,10 @@ coordinates of a vector, any axes before it are a batch.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
-import array_api_compat
 import numpy as np
+from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 Array = Any  # the arrays of NumPy and torch share no type
@@ -52,48 +51,48 @@ class Coder:
         raise NotImplementedError
 
     def reconstruct(self, x: Array) -> Array:
-        xp = array_api_compat.array_namespace(x)
+        xp = array_namespace(x)
         flat = xp.reshape(x, (-1, x.shape[-1]))
         step = max(1, CHUNK // max(1, x.shape[-1]))
         parts = [self.decode(self.encode(flat[i : i + step, :])) for i in range(0, max(1, flat.shape[0]), step)]
         return xp.reshape(xp.astype(xp.concat(parts, axis=0), x.dtype), x.shape)
 
 
-def namespace(x: Array, dim: int | None = None) -> tuple[ModuleType, Array]:
-    """The array API functions for ``x``, and ``x`` itself, in float32 where it is of a shorter type.
+def vectors(x: Array, dim: int | None = None) -> Array:
+    """``x`` itself, or in float32 where it is of a shorter type.
 
-    Raises ValueError unless the last axis has length ``dim`` and the numbers are real floating point.
+    Raises ValueError unless the numbers are real floating point and the last axis has length ``dim``.
     """
-    xp = array_api_compat.array_namespace(x)
+    xp = array_namespace(x)
     if x.ndim == 0 or (dim is not None and x.shape[-1] != dim):
         raise ValueError(f"shape {tuple(x.shape)}: want vectors of {dim if dim is not None else 'some'} coordinates")
     if x.dtype in (xp.float32, xp.float64):
-        return xp, x
-    if not xp.isdtype(x.dtype, "real floating") and not str(x.dtype).endswith("float16"):
+        return x
+    if not str(x.dtype).endswith("float16"):  # binary16, and torch's bfloat16
         raise ValueError(f"{x.dtype}: want floating point numbers")
-    return xp, xp.astype(x, xp.float32)
+    return xp.astype(x, xp.float32)
 
 
 def constant(values: NDArray[Any], like: Array) -> Array:
     """NumPy numbers as an array of the dtype, device and kind of ``like``."""
-    xp = array_api_compat.array_namespace(like)
-    return xp.asarray(np.array(values), dtype=like.dtype, device=array_api_compat.device(like))
+    xp = array_namespace(like)
+    return xp.asarray(np.array(values), dtype=like.dtype, device=device(like))
 
 
 def dot(x: Array, y: Array) -> Array:
     """Inner products over the last axis, which stays with length 1."""
-    xp = array_api_compat.array_namespace(x, y)
+    xp = array_namespace(x, y)
     return xp.sum(x * y, axis=-1, keepdims=True)
 
 
 def norm(x: Array) -> Array:
     """Euclidean norms over the last axis, which stays with length 1."""
-    xp = array_api_compat.array_namespace(x)
+    xp = array_namespace(x)
     return xp.sqrt(dot(x, x))
 
 
 def divide(x: Array, y: Array) -> Array:
     """x / y, and 0 where y is 0."""
-    xp = array_api_compat.array_namespace(x, y)
+    xp = array_namespace(x, y)
     one = xp.ones_like(y)
     return xp.where(y == 0, xp.zeros_like(y), x / xp.where(y == 0, one, y))
