@@ -7,7 +7,8 @@
 // docs/format.md is the specification; every function here follows it to the bit.
 //
 // One key's way: tq_encode() writes it into the cache; a query is turned once by tq_encode_query(); tq_dot() scores the
-// packed key against it. A value: tq_encode(), then tq_decode().
+// packed key against it. A value: tq_encode(), then tq_decode(). All take the parameters (seeds, codebooks) they work
+// with: tq_params_default(), or a copy of it that a model's own values were set in.
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -46,6 +47,23 @@ struct tq_type_info {
     size_t       block_size; // bytes
 };
 
+// what one type rounds to: the first 2^code_bits centroids, ascending, and their midpoints
+struct tq_quantizer {
+    float centroids [16];
+    float thresholds[15];
+    float kappa;          // weight of the sketch's signs; 0 for _mse
+};
+
+// a set of parameters (section 8); change it through the functions below only
+struct tq_params {
+    uint64_t rotation_seed;
+    uint64_t sketch_seed;
+    float    rotation_signs[TQ_BLOCK_SIZE];
+    float    sketch_signs  [TQ_BLOCK_SIZE];
+    struct tq_quantizer quantizers[TQ_TYPE_COUNT];
+    uint64_t hash;
+};
+
 // NULL if type is not one of enum tq_type
 const struct tq_type_info * tq_get_type_info(enum tq_type type);
 
@@ -59,29 +77,38 @@ size_t tq_row_size(enum tq_type type, int64_t n);
 // bits a stored value, scale included: 8*block_size/64
 double tq_bits_per_value(enum tq_type type);
 
+// the built-in set
+const struct tq_params * tq_params_default(void);
+
+void tq_params_set_seeds(struct tq_params * params, uint64_t rotation_seed, uint64_t sketch_seed);
+
+// NULL, or what is wrong with the values; then params is as it was
+const char * tq_params_set_codebook(struct tq_params * params, enum tq_type type, const float * centroids, size_t n);
+const char * tq_params_set_kappa   (struct tq_params * params, enum tq_type type, float kappa);
+
 // The functions below require n % TQ_BLOCK_SIZE == 0 and no overlap of source and destination. They neither allocate
 // nor keep state, and may run in any number of threads.
 
 // x[n] -> dst[tq_row_size(type, n)]. A block with a NaN or Inf decodes to NaN; a block whose largest magnitude is below
 // 2^-60 (or whose scale is below fp16's smallest number) becomes zeros; a scale above 65504 saturates.
-void tq_encode(enum tq_type type, const float * x, void * dst, int64_t n);
+void tq_encode(const struct tq_params * params, enum tq_type type, const float * x, void * dst, int64_t n);
 
 // src[tq_row_size(type, n)] -> x[n], in the original basis
-void tq_decode(enum tq_type type, const void * src, float * x, int64_t n);
+void tq_decode(const struct tq_params * params, enum tq_type type, const void * src, float * x, int64_t n);
 
 // a[n] -> dst[n/64]
-void tq_encode_query(const float * a, tq_query_block * dst, int64_t n);
+void tq_encode_query(const struct tq_params * params, const float * a, tq_query_block * dst, int64_t n);
 
 // inner product of the decoded row k and the query q, without decoding: error against tq_decode is the query's int8
 // rounding only
-float tq_dot(enum tq_type type, const void * k, const tq_query_block * q, int64_t n);
+float tq_dot(const struct tq_params * params, enum tq_type type, const void * k, const tq_query_block * q, int64_t n);
 
 // true if every scale in the row is finite
 bool tq_validate(enum tq_type type, const void * src, int64_t n);
 
 // y = rotate(x) and back, block by block; in place allowed
-void tq_rotate  (const float * x, float * y, int64_t n);
-void tq_unrotate(const float * y, float * x, int64_t n);
+void tq_rotate  (const struct tq_params * params, const float * x, float * y, int64_t n);
+void tq_unrotate(const struct tq_params * params, const float * y, float * x, int64_t n);
 
 #ifdef __cplusplus
 }

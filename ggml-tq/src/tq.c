@@ -26,18 +26,6 @@ static const struct tq_type_info type_info[TQ_TYPE_COUNT] = {
     [TQ_TYPE_TQ4_QJL] = { "tq4_qjl", 4, 3, sizeof(tq4_block) },
 };
 
-// by code_bits (section 2)
-static const struct {
-    const float * centroids;
-    const float * thresholds;
-    float         kappa; // weight of the sketch of what this codebook leaves
-} codebooks[] = {
-    [1] = { tq_centroids_1b, tq_thresholds_1b, TQ_KAPPA_1B },
-    [2] = { tq_centroids_2b, tq_thresholds_2b, TQ_KAPPA_2B },
-    [3] = { tq_centroids_3b, tq_thresholds_3b, TQ_KAPPA_3B },
-    [4] = { tq_centroids_4b, tq_thresholds_4b, 0.0f        },
-};
-
 //
 // types
 //
@@ -65,6 +53,118 @@ size_t tq_row_size(enum tq_type type, int64_t n) {
 
 double tq_bits_per_value(enum tq_type type) {
     return 8.0*(double) tq_row_size(type, N)/N;
+}
+
+//
+// parameters (section 8)
+//
+
+#define SIGN(w, i)    (((w) >> (i)) & 1 ? -1.0f : 1.0f)
+#define SIGNS_8(w, i)  SIGN(w, i), SIGN(w, (i)+1), SIGN(w, (i)+2), SIGN(w, (i)+3), \
+                       SIGN(w, (i)+4), SIGN(w, (i)+5), SIGN(w, (i)+6), SIGN(w, (i)+7)
+#define SIGNS_64(w)    SIGNS_8(w, 0), SIGNS_8(w, 8), SIGNS_8(w, 16), SIGNS_8(w, 24), \
+                       SIGNS_8(w, 32), SIGNS_8(w, 40), SIGNS_8(w, 48), SIGNS_8(w, 56)
+
+static const struct tq_params default_params = {
+    .rotation_seed  = TQ_ROTATION_SEED,
+    .sketch_seed    = TQ_SKETCH_SEED,
+    .rotation_signs = { SIGNS_64(TQ_ROTATION_SIGNS) },
+    .sketch_signs   = { SIGNS_64(TQ_SKETCH_SIGNS)   },
+    .quantizers     = {
+        [TQ_TYPE_TQ2_MSE] = { TQ_CODEBOOK_2B, 0.0f },
+        [TQ_TYPE_TQ3_MSE] = { TQ_CODEBOOK_3B, 0.0f },
+        [TQ_TYPE_TQ4_MSE] = { TQ_CODEBOOK_4B, 0.0f },
+        [TQ_TYPE_TQ2_QJL] = { TQ_CODEBOOK_1B, TQ_KAPPA_1B },
+        [TQ_TYPE_TQ3_QJL] = { TQ_CODEBOOK_2B, TQ_KAPPA_2B },
+        [TQ_TYPE_TQ4_QJL] = { TQ_CODEBOOK_3B, TQ_KAPPA_3B },
+    },
+    .hash           = TQ_PARAMS_HASH,
+};
+
+const struct tq_params * tq_params_default(void) {
+    return &default_params;
+}
+
+static uint64_t fnv1a(uint64_t h, uint64_t word, int n_bytes) {
+    for (int i = 0; i < n_bytes; ++i) {
+        h = (h ^ ((word >> 8*i) & 0xff))*0x100000001b3ull;
+    }
+    return h;
+}
+
+static uint64_t fnv1a_float(uint64_t h, float f) {
+    uint32_t u;
+    memcpy(&u, &f, sizeof(u));
+    return fnv1a(h, u, 4);
+}
+
+static void update_hash(struct tq_params * params) {
+    uint64_t h = fnv1a(0xcbf29ce484222325ull, TQ_FORMAT_VERSION, 4);
+    h = fnv1a(h, params->rotation_seed, 8);
+    h = fnv1a(h, params->sketch_seed,   8);
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        for (int k = 0; k < 1 << type_info[t].code_bits; ++k) {
+            h = fnv1a_float(h, params->quantizers[t].centroids[k]);
+        }
+        h = fnv1a_float(h, params->quantizers[t].kappa);
+    }
+    params->hash = h;
+}
+
+static void set_signs(float * signs, uint64_t seed) { // the first output of SplitMix64 (section 3)
+    uint64_t z = seed + 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30))*0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27))*0x94D049BB133111EBull;
+    z =  z ^ (z >> 31);
+    for (int i = 0; i < N; ++i) {
+        signs[i] = SIGN(z, i);
+    }
+}
+
+void tq_params_set_seeds(struct tq_params * params, uint64_t rotation_seed, uint64_t sketch_seed) {
+    params->rotation_seed = rotation_seed;
+    params->sketch_seed   = sketch_seed;
+    set_signs(params->rotation_signs, rotation_seed);
+    set_signs(params->sketch_signs,   sketch_seed);
+    update_hash(params);
+}
+
+const char * tq_params_set_codebook(struct tq_params * params, enum tq_type type, const float * centroids, size_t n) {
+    const struct tq_type_info * info = tq_get_type_info(type);
+    if (!info || n != (size_t) 1 << info->code_bits) {
+        return "wrong number of centroids";
+    }
+    for (size_t k = 0; k < n; ++k) {
+        if (!(fabsf(centroids[k]) <= FLT_MAX)) {
+            return "a centroid is not finite";
+        }
+        if (fabsf(centroids[k]) > 8.0f) {
+            return "a centroid is beyond 8";
+        }
+        if (k > 0 && !(centroids[k - 1] < centroids[k])) {
+            return "centroids are not ascending";
+        }
+    }
+    struct tq_quantizer * quantizer = &params->quantizers[type];
+    memcpy(quantizer->centroids, centroids, n*sizeof(float));
+    for (size_t k = 0; k + 1 < n; ++k) {
+        quantizer->thresholds[k] = (centroids[k] + centroids[k + 1])/2.0f;
+    }
+    update_hash(params);
+    return NULL;
+}
+
+const char * tq_params_set_kappa(struct tq_params * params, enum tq_type type, float kappa) {
+    const struct tq_type_info * info = tq_get_type_info(type);
+    if (!info || info->code_bits == info->bits) {
+        return "the type has no sketch";
+    }
+    if (!(kappa >= 0.0f && kappa <= 2.0f)) {
+        return "not between 0 and 2";
+    }
+    params->quantizers[type].kappa = kappa;
+    update_hash(params);
+    return NULL;
 }
 
 //
@@ -160,15 +260,6 @@ static void pack(const uint8_t * codes, int n_planes, uint8_t * planes) {
 // section 3: transforms and sums of one block
 //
 
-#define SIGN(w, i)    (((w) >> (i)) & 1 ? -1.0f : 1.0f)
-#define SIGNS_8(w, i)  SIGN(w, i), SIGN(w, (i)+1), SIGN(w, (i)+2), SIGN(w, (i)+3), \
-                       SIGN(w, (i)+4), SIGN(w, (i)+5), SIGN(w, (i)+6), SIGN(w, (i)+7)
-#define SIGNS_64(w)    SIGNS_8(w, 0), SIGNS_8(w, 8), SIGNS_8(w, 16), SIGNS_8(w, 24), \
-                       SIGNS_8(w, 32), SIGNS_8(w, 40), SIGNS_8(w, 48), SIGNS_8(w, 56)
-
-static const float rotation_signs[N] = { SIGNS_64(TQ_ROTATION_SIGNS) };
-static const float sketch_signs[N]   = { SIGNS_64(TQ_SKETCH_SIGNS)   };
-
 // one stage: neighbours' sums to the lower half, differences to the upper. That turns the bits of the index by one, so
 // six equal stages are the strides 1, 2, 4, ... 32 and end in natural order; the compiler vectorizes each.
 static void fwht_stage(const float * restrict v, float * restrict t) {
@@ -221,17 +312,17 @@ static float dot(const float * a, const float * b) {
     return t[0];
 }
 
-void tq_rotate(const float * x, float * y, int64_t n) {
+void tq_rotate(const struct tq_params * params, const float * x, float * y, int64_t n) {
     memmove(y, x, (size_t) n*sizeof(float));
     for (int64_t i = 0; i < n; i += N) {
-        rht(y + i, rotation_signs);
+        rht(y + i, params->rotation_signs);
     }
 }
 
-void tq_unrotate(const float * y, float * x, int64_t n) {
+void tq_unrotate(const struct tq_params * params, const float * y, float * x, int64_t n) {
     memmove(x, y, (size_t) n*sizeof(float));
     for (int64_t i = 0; i < n; i += N) {
-        rht_inverse(x + i, rotation_signs);
+        rht_inverse(x + i, params->rotation_signs);
     }
 }
 
@@ -240,20 +331,19 @@ void tq_unrotate(const float * y, float * x, int64_t n) {
 //
 
 // q[i] = c[codes[i]]
-static void look_up(const uint8_t * codes, int code_bits, float * q) {
-    const float * c = codebooks[code_bits].centroids;
+static void look_up(const float * c, const uint8_t * codes, float * q) {
     for (int i = 0; i < N; ++i) {
         q[i] = c[codes[i]];
     }
 }
 
 // q += kappa * unsketch(signs), the sketch's estimate of the residual
-static void add_sketch(const uint8_t * sign_bits, float kappa, float * q) {
+static void add_sketch(const struct tq_params * params, float kappa, const uint8_t * sign_bits, float * q) {
     float z[N];
     for (int i = 0; i < N; ++i) {
         z[i] = 1.0f - 2.0f*(float) sign_bits[i];
     }
-    rht_inverse(z, sketch_signs);
+    rht_inverse(z, params->sketch_signs);
     for (int i = 0; i < N; ++i) {
         q[i] += kappa*z[i];
     }
@@ -263,7 +353,9 @@ static void add_sketch(const uint8_t * sign_bits, float kappa, float * q) {
 // section 4
 //
 
-static void encode_block(const struct tq_type_info * info, const float * x, uint8_t * block) {
+static void encode_block(const struct tq_params * params, enum tq_type type, const float * x, uint8_t * block) {
+    const struct tq_type_info * info      = &type_info[type];
+    const struct tq_quantizer * quantizer = &params->quantizers[type];
     memset(block, 0, info->block_size);
     uint8_t * planes = block + sizeof(uint16_t);
 
@@ -291,15 +383,14 @@ static void encode_block(const struct tq_type_info * info, const float * x, uint
     for (int i = 0; i < N; ++i) {
         y[i] = x[i]*down;
     }
-    rht(y, rotation_signs);
+    rht(y, params->rotation_signs);
     const float g = 8.0f/sqrtf(dot(y, y));
     scale(y, g); // u
 
-    const float * thresholds = codebooks[info->code_bits].thresholds;
     int32_t n_above[N] = { 0 };
     for (int k = 0; k < (1 << info->code_bits) - 1; ++k) {
         for (int i = 0; i < N; ++i) {
-            n_above[i] += y[i] > thresholds[k];
+            n_above[i] += y[i] > quantizer->thresholds[k];
         }
     }
     uint8_t codes[N];
@@ -309,26 +400,25 @@ static void encode_block(const struct tq_type_info * info, const float * x, uint
     pack(codes, info->code_bits, planes);
 
     float q[N];
-    look_up(codes, info->code_bits, q);
+    look_up(quantizer->centroids, codes, q);
 
-    float s;
-    if (info->code_bits == info->bits) {
-        s = dot(y, q)/dot(q, q);
-    } else {
+    const bool sketch = info->code_bits != info->bits;
+    if (sketch) {
         float   r[N];
         uint8_t sign_bits[N];
         for (int i = 0; i < N; ++i) {
             r[i] = y[i] - q[i];
         }
-        rht(r, sketch_signs);
+        rht(r, params->sketch_signs);
         for (int i = 0; i < N; ++i) {
             sign_bits[i] = r[i] < 0.0f;
         }
         pack(sign_bits, 1, planes + 8*info->code_bits);
-        add_sketch(sign_bits, codebooks[info->code_bits].kappa, q);
-        const float uq = dot(y, q);
-        s = uq > 0.0f ? dot(y, y)/uq : 0.0f;
+        add_sketch(params, quantizer->kappa, sign_bits, q);
     }
+    // unbiased for keys, of least error for values; not positive only with codebooks that nothing rounds to
+    const float uq = dot(y, q);
+    const float s  = !(uq > 0.0f) ? 0.0f : sketch ? dot(y, y)/uq : uq/dot(q, q);
 
     const uint16_t d = fp32_to_fp16(ldexpf(s/g, e));
     if (d == 0) {
@@ -343,11 +433,10 @@ static float block_scale(const uint8_t * block) {
     return fp16_to_fp32((uint16_t) (block[0] | block[1] << 8));
 }
 
-void tq_encode(enum tq_type type, const float * x, void * dst, int64_t n) {
-    const struct tq_type_info * info = &type_info[type];
+void tq_encode(const struct tq_params * params, enum tq_type type, const float * x, void * dst, int64_t n) {
     uint8_t * block = dst;
-    for (int64_t i = 0; i < n; i += N, block += info->block_size) {
-        encode_block(info, x + i, block);
+    for (int64_t i = 0; i < n; i += N, block += type_info[type].block_size) {
+        encode_block(params, type, x + i, block);
     }
 }
 
@@ -355,21 +444,22 @@ void tq_encode(enum tq_type type, const float * x, void * dst, int64_t n) {
 // section 5
 //
 
-void tq_decode(enum tq_type type, const void * src, float * x, int64_t n) {
-    const struct tq_type_info * info = &type_info[type];
+void tq_decode(const struct tq_params * params, enum tq_type type, const void * src, float * x, int64_t n) {
+    const struct tq_type_info * info      = &type_info[type];
+    const struct tq_quantizer * quantizer = &params->quantizers[type];
     const uint8_t * block = src;
     for (int64_t i = 0; i < n; i += N, block += info->block_size) {
         const uint8_t * planes = block + sizeof(uint16_t);
         float * v = x + i;
         uint8_t codes[N];
         unpack(planes, info->code_bits, codes);
-        look_up(codes, info->code_bits, v);
+        look_up(quantizer->centroids, codes, v);
         if (info->code_bits != info->bits) {
             unpack(planes + 8*info->code_bits, 1, codes);
-            add_sketch(codes, codebooks[info->code_bits].kappa, v);
+            add_sketch(params, quantizer->kappa, codes, v);
         }
         scale(v, block_scale(block));
-        rht_inverse(v, rotation_signs);
+        rht_inverse(v, params->rotation_signs);
     }
 }
 
@@ -416,23 +506,23 @@ static float encode_int8(const float * v, int8_t * dst) {
     return d;
 }
 
-void tq_encode_query(const float * a, tq_query_block * dst, int64_t n) {
+void tq_encode_query(const struct tq_params * params, const float * a, tq_query_block * dst, int64_t n) {
     for (int64_t i = 0; i < n; i += N, ++dst) {
         float b[N];
         float f[N];
         memcpy(b, a + i, sizeof(b));
-        rht(b, rotation_signs);
+        rht(b, params->rotation_signs);
         memcpy(f, b, sizeof(f));
-        rht(f, sketch_signs);
+        rht(f, params->sketch_signs);
         dst->db = encode_int8(b, dst->b);
         dst->df = encode_int8(f, dst->f);
     }
 }
 
-float tq_dot(enum tq_type type, const void * k, const tq_query_block * q, int64_t n) {
-    const struct tq_type_info * info = &type_info[type];
-    const bool    sketch = info->code_bits != info->bits;
-    const float   kappa  = codebooks[info->code_bits].kappa;
+float tq_dot(const struct tq_params * params, enum tq_type type, const void * k, const tq_query_block * q, int64_t n) {
+    const struct tq_type_info * info      = &type_info[type];
+    const struct tq_quantizer * quantizer = &params->quantizers[type];
+    const bool sketch = info->code_bits != info->bits;
     const uint8_t * block = k;
 
     float sum = 0.0f;
@@ -441,7 +531,7 @@ float tq_dot(enum tq_type type, const void * k, const tq_query_block * q, int64_
         uint8_t codes[N];
         float   c[N];
         unpack(planes, info->code_bits, codes);
-        look_up(codes, info->code_bits, c);
+        look_up(quantizer->centroids, codes, c);
         float part[16] = { 0.0f }; // a row of partial sums, so that the loop vectorizes
         for (int j = 0; j < N; j += 16) {
             for (int l = 0; l < 16; ++l) {
@@ -459,7 +549,7 @@ float tq_dot(enum tq_type type, const void * k, const tq_query_block * q, int64_
             for (int j = 0; j < N; ++j) {
                 t += q->f[j]*(1 - 2*codes[j]);
             }
-            s += kappa*q->df*(float) t;
+            s += quantizer->kappa*q->df*(float) t;
         }
         sum += block_scale(block)*s;
     }

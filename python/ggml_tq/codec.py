@@ -8,6 +8,8 @@ All arithmetic is float32: arrays of that dtype times NumPy float32 or Python sc
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -16,6 +18,7 @@ from ggml_tq.params import DEFAULT, Params
 from ggml_tq.transform import Array, rht, rht_inverse, tree_sum
 
 Bytes = NDArray[np.uint8]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 F16_MAX = 65504.0
 TINY = 2.0**-60  # blocks with a smaller maximum are stored as zeros
@@ -38,12 +41,12 @@ def _split(data: Bytes, size: int) -> Bytes:
     return data.reshape(*data.shape[:-1], data.shape[-1] // size, size)
 
 
-def _join(blocks: NDArray) -> NDArray:
+def _join(blocks: NDArray[Scalar]) -> NDArray[Scalar]:
     """Rows (..., blocks * size) of blocks (..., blocks, size)."""
     return blocks.reshape(*blocks.shape[:-2], blocks.shape[-2] * blocks.shape[-1])
 
 
-def _signs(bits: NDArray) -> Array:
+def _signs(bits: NDArray[Any]) -> Array:
     """Sign bits 0, 1 as +1, -1."""
     return np.where(bits, np.float32(-1), np.float32(1))
 
@@ -57,9 +60,10 @@ def encode(x: ArrayLike, tq: TqType, params: Params = DEFAULT) -> Bytes:
 
     # Blocks outside `normal` are overwritten below; ones keep them out of the arithmetic.
     exponent = np.where(normal, np.minimum(np.frexp(peak)[1] - 1, 126), 0)  # floor(log2 peak)
-    y = rht(np.ldexp(np.where(normal, x, np.float32(1)), -exponent), params.rotation_signs)
-    g = 8 / np.sqrt(tree_sum(y * y))
-    u = y * g
+    scaled = np.ldexp(np.where(normal, x, np.float32(1)), -exponent)
+    y = rht(scaled.astype(np.float32, copy=False), params.rotation_signs)
+    g: Array = 8 / np.sqrt(tree_sum(y * y))
+    u: Array = y * g
 
     quantizer = params.quantizers[tq.name]
     code = np.zeros(u.shape, dtype=np.uint8)
@@ -134,4 +138,5 @@ def query_dot(data: Bytes, query: Bytes, tq: TqType, params: Params = DEFAULT) -
     dot = scales[..., 0] * np.sum(centroids * codes[..., :BLOCK], axis=-1)
     if signs is not None:
         dot = dot + params.quantizers[tq.name].kappa * scales[..., 1] * np.sum(signs * codes[..., BLOCK:], axis=-1)
-    return np.sum(scale[..., 0] * dot, axis=-1)
+    total: NDArray[np.float64] = np.sum(scale[..., 0] * dot, axis=-1)
+    return total

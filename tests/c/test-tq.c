@@ -17,6 +17,8 @@
 
 static int n_failed = 0;
 
+static const struct tq_params * params; // that the tests run with
+
 #define CHECK(cond, ...) do { \
     if (!(cond)) { \
         printf("FAIL %s:%d: %s: ", __FILE__, __LINE__, #cond); printf(__VA_ARGS__); printf("\n"); \
@@ -55,11 +57,11 @@ static void round_trip(enum tq_type type, const float * x, float * y, int n, uin
     uint8_t buf[64 + MAX_ROW + 64];
     const size_t size = tq_row_size(type, n);
     memset(buf, CANARY, sizeof(buf));
-    tq_encode(type, x, buf + 64, n);
+    tq_encode(params, type, x, buf + 64, n);
     for (size_t i = 0; i < 64; ++i) {
         CHECK(buf[i] == CANARY && buf[64 + size + i] == CANARY, "write out of bounds");
     }
-    tq_decode(type, buf + 64, y, n);
+    tq_decode(params, type, buf + 64, y, n);
     if (packed) {
         memcpy(packed, buf + 64, size);
     }
@@ -91,16 +93,16 @@ static void test_types(void) {
 static void test_rotation(void) {
     float x[DIM], y[DIM], z[DIM];
     rng_normal(x, DIM, 3.0f);
-    tq_rotate(x, y, DIM);
+    tq_rotate(params, x, y, DIM);
     CHECK(fabs(dot(y, y, DIM)/dot(x, x, DIM) - 1.0) < 1e-5, "norm changed");
-    tq_unrotate(y, z, DIM);
+    tq_unrotate(params, y, z, DIM);
     for (int i = 0; i < DIM; ++i) {
         CHECK(fabsf(z[i] - x[i]) < 1e-5f, "unrotate(rotate(x)) != x");
     }
     // a single spike must spread: every rotated coordinate has the same magnitude
     memset(x, 0, sizeof(x));
     x[5] = 8.0f;
-    tq_rotate(x, x, DIM);
+    tq_rotate(params, x, x, DIM);
     for (int i = 0; i < 64; ++i) {
         CHECK(fabsf(x[i]) == 1.0f && x[64 + i] == 0.0f, "one-hot row, coordinate %d", i);
     }
@@ -164,9 +166,9 @@ static void test_dot(void) {
             rng_normal(a, n, 0.5f);
             x[rng_u64()%n] *= 30.0f; // an outlier channel
             round_trip(type, x, y, n, packed);
-            tq_encode_query(a, q, n);
+            tq_encode_query(params, a, q, n);
             const double want = dot(a, y, n);
-            const double got  = tq_dot(type, packed, q, n);
+            const double got  = tq_dot(params, type, packed, q, n);
             err   += pow(got - want, 2);
             power += dot(a, a, n)*dot(y, y, n)/n;
         }
@@ -266,30 +268,83 @@ static void test_special_rows(void) {
             }
             tq_query_block q[DIM/64];
             rng_normal(y, DIM, 1.0f);
-            tq_encode_query(y, q, DIM);
-            CHECK(isnan(tq_dot(type, p, q, DIM)), "%s: score of a poisoned row", name);
-            tq_encode_query(x, q, DIM);
+            tq_encode_query(params, y, q, DIM);
+            CHECK(isnan(tq_dot(params, type, p, q, DIM)), "%s: score of a poisoned row", name);
+            tq_encode_query(params, x, q, DIM);
             round_trip(type, y, y, DIM, p);
-            CHECK(isnan(tq_dot(type, p, q, DIM)), "%s: score of a poisoned query", name);
+            CHECK(isnan(tq_dot(params, type, p, q, DIM)), "%s: score of a poisoned query", name);
         }
         memset(x, 0, sizeof(x));
         tq_query_block q[DIM/64];
-        tq_encode_query(x, q, DIM);
+        tq_encode_query(params, x, q, DIM);
         rng_normal(x, DIM, 1.0f);
         round_trip(type, x, y, DIM, p);
-        CHECK(tq_dot(type, p, q, DIM) == 0.0f, "%s: score of a zero query", name);
+        CHECK(tq_dot(params, type, p, q, DIM) == 0.0f, "%s: score of a zero query", name);
 
         // whatever bytes lie in a cache, decoding and scoring stay in bounds and say NaN only if a scale is not finite
         for (int r = 0; r < 200; ++r) {
             for (size_t i = 0; i < size; ++i) {
                 p[i] = (uint8_t) rng_u64();
             }
-            tq_decode(type, p, y, DIM);
-            tq_encode_query(x, q, DIM);
+            tq_decode(params, type, p, y, DIM);
+            tq_encode_query(params, x, q, DIM);
             const bool  valid = tq_validate(type, p, DIM);
-            const float s     = tq_dot(type, p, q, DIM);
+            const float s     = tq_dot(params, type, p, q, DIM);
             CHECK(!valid || (isfinite(s) && isfinite(y[0]) && isfinite(y[DIM - 1])), "%s: random bytes", name);
         }
+    }
+}
+
+static void test_params(void) {
+    static const float c[16] = { -3.0f, -2.0f, -1.0f, -0.5f, 0.25f, 1.0f, 2.0f, 4.0f, 4.5f, 5.0f, 5.5f, 6.0f, 6.5f, 7.0f, 7.5f, 8.0f };
+    struct tq_params p = *tq_params_default();
+    tq_params_set_seeds(&p, p.rotation_seed, p.sketch_seed);
+    CHECK(memcmp(&p, tq_params_default(), sizeof(p)) == 0, "the built-in set is what its own seeds and hash say");
+
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const enum tq_type type = (enum tq_type) t;
+        const size_t n = (size_t) 1 << tq_get_type_info(type)->code_bits;
+        const struct tq_params before = p;
+        float bad[16];
+        CHECK(tq_params_set_codebook(&p, type, c, n - 1), "length");
+        CHECK(tq_params_set_codebook(&p, type, c, n + 1), "length");
+        static const float values[] = { NAN, INFINITY, -INFINITY, 8.5f, -9.0f };
+        for (size_t i = 0; i < sizeof(values)/sizeof(values[0]); ++i) {
+            memcpy(bad, c, sizeof(bad));
+            bad[rng_u64()%n] = values[i];
+            CHECK(tq_params_set_codebook(&p, type, bad, n), "%f", values[i]);
+        }
+        memcpy(bad, c, sizeof(bad));
+        bad[1] = bad[0];
+        CHECK(tq_params_set_codebook(&p, type, bad, n), "equal centroids");
+        const bool qjl = tq_get_type_info(type)->code_bits != tq_get_type_info(type)->bits;
+        CHECK(tq_params_set_kappa(&p, type, NAN) && tq_params_set_kappa(&p, type, -0.1f) && tq_params_set_kappa(&p, type, 2.1f), "kappa");
+        CHECK(qjl || tq_params_set_kappa(&p, type, 0.5f), "kappa without a sketch");
+        CHECK(memcmp(&p, &before, sizeof(p)) == 0, "refused values change nothing");
+
+        CHECK(!tq_params_set_codebook(&p, type, c, n) && p.hash != before.hash, "a valid codebook");
+        CHECK(!qjl || (!tq_params_set_kappa(&p, type, 0.5f) && p.quantizers[t].kappa == 0.5f), "a valid kappa");
+    }
+    CHECK(tq_params_set_codebook(&p, TQ_TYPE_COUNT, c, 4) && tq_params_set_kappa(&p, TQ_TYPE_COUNT, 0.5f), "no such type");
+
+    // codebooks that nothing rounds to: blocks stay valid, and zero where no positive scale exists
+    struct tq_params odd = *tq_params_default();
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const enum tq_type type = (enum tq_type) t;
+        const size_t n = (size_t) 1 << tq_get_type_info(type)->code_bits;
+        float far[16], x[DIM], y[DIM];
+        uint8_t packed[MAX_ROW];
+        for (size_t k = 0; k < n; ++k) {
+            far[k] = 7.0f + (float) k/16.0f;
+        }
+        CHECK(!tq_params_set_codebook(&odd, type, far, n), "far codebook");
+        params = &odd;
+        for (int r = 0; r < 100; ++r) {
+            rng_normal(x, DIM, 1.0f);
+            round_trip(type, x, y, DIM, packed);
+            CHECK(tq_validate(type, packed, DIM) && (packed[1] & 0x80) == 0, "a far codebook's scale");
+        }
+        params = tq_params_default();
     }
 }
 
@@ -298,12 +353,21 @@ int main(int argc, char ** argv) {
     rng_state = seed;
     printf("seed %" PRIu64 "\n", seed);
 
+    params = tq_params_default();
     test_types();
-    test_rotation();
-    test_distortion();
-    test_dot();
-    test_scaling();
-    test_special_rows();
+    test_params();
+
+    struct tq_params seeded = *tq_params_default();
+    tq_params_set_seeds(&seeded, rng_u64(), rng_u64());
+    const struct tq_params * sets[] = { tq_params_default(), &seeded };
+    for (int i = 0; i < 2; ++i) {
+        params = sets[i];
+        test_rotation();
+        test_distortion();
+        test_dot();
+        test_scaling();
+        test_special_rows();
+    }
 
     printf(n_failed ? "%d checks failed (seed %" PRIu64 ")\n" : "all checks passed\n", n_failed, seed);
     return n_failed ? 1 : 0;

@@ -20,9 +20,8 @@ def with_next_version(data: bytes) -> bytes:
     """A state of tq4 types, as another format version would tag it (docs/format.md section 7)."""
     row_size = struct.pack("<Q", ROW_SIZE)  # it follows the type
     for type_id in TQ4_IDS:
-        before = re.escape(struct.pack("<H", type_id))
-        tag = re.compile(b"(%b)(..)(%b)" % (before, re.escape(row_size)), re.DOTALL)
-        data, n = tag.subn(lambda m: m[1] + struct.pack("<H", struct.unpack("<H", m[2])[0] + 1) + m[3], data)
+        tag = re.compile(b"(%b...)(%b)" % (re.escape(bytes([type_id])), re.escape(row_size)), re.DOTALL)
+        data, n = tag.subn(lambda m: struct.pack("<I", struct.unpack("<I", m[1])[0] + (1 << 8)) + m[2], data)
         assert n == N_LAYER
     return data
 
@@ -60,8 +59,8 @@ def test_prompt_cache(fork: Fork, smollm2: Path, prompt_cache: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("cache", "message"),
     [
-        (("q8_0", "q8_0"), r"key type \(the file holds tq4_qjl, format version \d+; this context uses q8_0,"),
-        (("f16", "tq4"), r"key type \(the file holds tq4_qjl, format version \d+; this context uses f16,"),
+        (("q8_0", "q8_0"), r"key type \(the file holds tq4_qjl, format version \d+, .*; this context uses q8_0,"),
+        (("f16", "tq4"), r"key type \(the file holds tq4_qjl, .*, parameters \w{5}; this context uses f16,"),
         (("tq4_mse", "tq4"), r"key type \(the file holds tq4_qjl, .*; this context uses tq4_mse,"),
         (("tq4", "tq3"), r"value type \(the file holds tq4_mse, .*; this context uses tq3_mse,"),
     ],
@@ -80,7 +79,7 @@ def test_another_type_is_refused(
 def test_a_file_of_another_type_is_refused_by_ours(fork: Fork, smollm2: Path, tmp_path: Path) -> None:
     saved = tmp_path / "q8_0.bin"
     fork.complete(smollm2, "--prompt-cache", saved, prompt=PROMPT, cache=("q8_0", "q8_0"))
-    message = r"key type \(the file holds q8_0; this context uses tq4_qjl, format version \d+,"
+    message = r"key type \(the file holds q8_0; this context uses tq4_qjl, format version \d+, parameters \w{5},"
     fork.refuses_completion(message, smollm2, "--prompt-cache", saved, prompt=PROMPT, cache=TQ4)
 
 
@@ -88,7 +87,7 @@ def test_another_format_version_is_refused(fork: Fork, smollm2: Path, prompt_cac
     saved = tmp_path / "version.bin"
     saved.write_bytes(with_next_version(prompt_cache.read_bytes()))
     found, expected = (rf"tq4_qjl, format version {n}" for n in (r"(\d+)", r"(?!\1)\d+"))
-    message = f"the file holds {found}; this context uses {expected}"
+    message = rf"the file holds {found}, parameters (\w+); this context uses {expected}, parameters \2"
     fork.refuses_completion(message, smollm2, "--prompt-cache", saved, prompt=PROMPT, cache=TQ4)
 
 

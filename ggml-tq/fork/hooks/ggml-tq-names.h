@@ -2,8 +2,7 @@
 
 // Names and ids of the cache types, for upstream's command lines and for llama.cpp's state files (C++, header only).
 
-#include "ggml.h"
-#include "ggml-tq.h"
+#include "ggml-tq-traits.h"
 
 #include <cstdio>
 #include <string>
@@ -37,10 +36,11 @@ static inline std::string ggml_tq_unknown_name(const std::string & name) {
     return "unsupported cache type: " + name + " (allowed: " + allowed + ggml_tq_names_help() + ")";
 }
 
-// what a state file stores as the type of a cached tensor: for our types the format version rides along, so that a file
-// of another version is refused as one of another type (docs/format.md section 7)
+// what a state file stores as the type of a cached tensor: for our types the format version and the parameters' hash
+// ride along, so that a file of others is refused as one of another type (docs/format.md section 7)
 static inline int32_t ggml_tq_state_type(ggml_type type) {
-    return ggml_tq_is_type(type) ? (int32_t) type | (TQ_FORMAT_VERSION + 1) << 16 : (int32_t) type;
+    return ggml_tq_is_type(type)
+        ? (int32_t) ((uint32_t) type | (TQ_FORMAT_VERSION + 1) << 8 | (uint32_t) ggml_tq_params()->hash << 12) : (int32_t) type;
 }
 
 // bounds for upstream's test-quantize-fns: 1.25 times what its fixed data (4096 values, rms 1.42) give

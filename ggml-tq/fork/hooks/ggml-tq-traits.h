@@ -10,6 +10,11 @@
 extern "C" {
 #endif
 
+// The parameters (seeds, codebooks) that tensors of these types in this process are read and written with: the built-in
+// ones, or a copy of those last set. Only llama-tq.cpp sets them, and only while no cache of these types exists.
+const struct tq_params * ggml_tq_params(void);
+void ggml_tq_set_params(const struct tq_params * params); // NULL: the built-in ones
+
 // X(GGML_TYPE_ suffix, prefix of the functions)
 #define GGML_TQ_FOR_EACH(X) \
     X(TQ2_MSE, tq2_mse) X(TQ3_MSE, tq3_mse) X(TQ4_MSE, tq4_mse) \

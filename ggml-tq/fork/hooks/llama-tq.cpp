@@ -7,9 +7,158 @@
 #include "llama-model.h"
 
 #include "ggml-cpp.h"
+#include "gguf.h"
 
-#include <memory>
+#include <algorithm>
+#include <cinttypes>
+#include <mutex>
 #include <stdexcept>
+
+//
+// parameters: from the file, and in the process
+//
+
+static const std::string PREFIX = "turboquant.";
+
+// the value of a key of a certain type; throws if there is none. An array's elements follow the first.
+template <typename T>
+static const T * get(const gguf_context * gguf, const std::string & key, gguf_type type, size_t * n = nullptr) {
+    const int64_t id = gguf_find_key(gguf, key.c_str());
+    if (id < 0) {
+        throw std::runtime_error(key + ": missing");
+    }
+    if (n == nullptr) {
+        if (gguf_get_kv_type(gguf, id) != type) {
+            throw std::runtime_error(key + ": wrong type, want " + gguf_type_name(type));
+        }
+        return (const T *) gguf_get_val_data(gguf, id);
+    }
+    if (gguf_get_kv_type(gguf, id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(gguf, id) != type) {
+        throw std::runtime_error(key + ": wrong type, want an array of " + gguf_type_name(type));
+    }
+    *n = gguf_get_arr_n(gguf, id);
+    return (const T *) gguf_get_arr_data(gguf, id);
+}
+
+static void check_keys(const gguf_context * gguf) {
+    std::vector<std::string> known = { "version", "rotation.kind", "rotation.seed", "sketch.seed", "hash" };
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const tq_type_info * info = tq_get_type_info((tq_type) t);
+        known.push_back(std::string(info->name) + ".codebook");
+        if (info->code_bits != info->bits) {
+            known.push_back(std::string(info->name) + ".kappa");
+        }
+    }
+    for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
+        const std::string key = gguf_get_key(gguf, i);
+        if (key.rfind(PREFIX, 0) != 0 || key.rfind(PREFIX + "provenance.", 0) == 0) {
+            continue;
+        }
+        if (std::find(known.begin(), known.end(), key.substr(PREFIX.size())) == known.end()) {
+            throw std::runtime_error(key + ": unknown key");
+        }
+    }
+}
+
+static bool has_metadata(const gguf_context * gguf) {
+    for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
+        if (std::string(gguf_get_key(gguf, i)).rfind(PREFIX, 0) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+std::shared_ptr<const tq_params> llama_tq_load(const gguf_context * gguf) {
+    if (!has_metadata(gguf)) {
+        return nullptr;
+    }
+    const auto refuse = [](const std::string & key, const std::string & problem) {
+        throw std::runtime_error(key + ": " + problem);
+    };
+    // the version first: what another one means by the other keys is not known here
+    const uint32_t version = *get<uint32_t>(gguf, PREFIX + "version", GGUF_TYPE_UINT32);
+    if (version != TQ_FORMAT_VERSION) {
+        refuse(PREFIX + "version", "unknown version " + std::to_string(version) + ", this program knows " + std::to_string(TQ_FORMAT_VERSION));
+    }
+    check_keys(gguf);
+    const std::string kind_key = PREFIX + "rotation.kind";
+    const int64_t     kind_id  = gguf_find_key(gguf, kind_key.c_str());
+    if (kind_id < 0) {
+        refuse(kind_key, "missing");
+    }
+    if (gguf_get_kv_type(gguf, kind_id) != GGUF_TYPE_STRING) {
+        refuse(kind_key, "wrong type, want str");
+    }
+    if (std::string(gguf_get_val_str(gguf, kind_id)) != "rht64") {
+        refuse(kind_key, std::string("unknown rotation '") + gguf_get_val_str(gguf, kind_id) + "', want 'rht64'");
+    }
+
+    auto params = std::make_shared<tq_params>(*tq_params_default());
+    tq_params_set_seeds(params.get(),
+        *get<uint64_t>(gguf, PREFIX + "rotation.seed", GGUF_TYPE_UINT64),
+        *get<uint64_t>(gguf, PREFIX + "sketch.seed",   GGUF_TYPE_UINT64));
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const tq_type_info * info = tq_get_type_info((tq_type) t);
+        const std::string codebook = PREFIX + info->name + ".codebook";
+        size_t n = 0;
+        const float * centroids = get<float>(gguf, codebook, GGUF_TYPE_FLOAT32, &n);
+        if (const char * problem = tq_params_set_codebook(params.get(), (tq_type) t, centroids, n)) {
+            refuse(codebook, problem);
+        }
+        if (info->code_bits != info->bits) {
+            const std::string kappa = PREFIX + info->name + ".kappa";
+            if (const char * problem = tq_params_set_kappa(params.get(), (tq_type) t, *get<float>(gguf, kappa, GGUF_TYPE_FLOAT32))) {
+                refuse(kappa, problem);
+            }
+        }
+    }
+    if (*get<uint64_t>(gguf, PREFIX + "hash", GGUF_TYPE_UINT64) != params->hash) {
+        refuse(PREFIX + "hash", "not that of the parameters, which were changed or damaged");
+    }
+    return params;
+}
+
+// who uses the process's parameters
+static struct {
+    std::mutex  mutex;
+    int         n_users = 0;
+    std::string owner; // the model that they came with
+} in_use;
+
+static std::string describe(const std::string & name, uint64_t hash) {
+    char buf[32];
+    snprintf(buf, sizeof(buf), "%016" PRIx64, hash);
+    return hash == tq_params_default()->hash ? "the built-in ones" : "those of model '" + name + "' (hash " + buf + ")";
+}
+
+std::shared_ptr<const void> llama_tq_acquire(const llama_model & model, const llama_context_params & params) {
+    if (!ggml_tq_is_type(params.type_k) && !ggml_tq_is_type(params.type_v)) {
+        return nullptr;
+    }
+    std::lock_guard<std::mutex> lock(in_use.mutex);
+    const uint64_t wanted = model.tq ? model.tq->hash : tq_params_default()->hash;
+    if (in_use.n_users == 0) {
+        ggml_tq_set_params(model.tq.get());
+        in_use.owner = model.name;
+    }
+    const uint64_t active = ggml_tq_params()->hash;
+    if (wanted != active && model.tq) {
+        throw std::runtime_error("one process has one set of TurboQuant parameters: this model wants " +
+            describe(model.name, wanted) + ", in use are " + describe(in_use.owner, active));
+    }
+    LLAMA_LOG_WARN("%s: TurboQuant parameters: %s%s\n", __func__, describe(in_use.owner, active).c_str(),
+        wanted != active ? ", which this model, as it brings none, shares" : "");
+    in_use.n_users++;
+    return std::shared_ptr<const void>(&in_use, [](const void *) {
+        std::lock_guard<std::mutex> lock(in_use.mutex);
+        in_use.n_users--;
+    });
+}
+
+//
+// checks
+//
 
 static bool check_head_dims(const llama_model & model, ggml_type type, char role) {
     const auto & hparams = model.hparams;
@@ -66,6 +215,10 @@ void llama_tq_require_device(ggml_backend_dev_t dev, ggml_type type_k, ggml_type
         if (!ggml_backend_dev_supports_op(dev, op)) {
             throw std::runtime_error(std::string("cache type ") + ggml_type_name(type) + " is not supported on device " +
                 ggml_backend_dev_name(dev) + "; supported: the CPU (--no-kv-offload, or -ngl 0)");
+        }
+        if (ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU && ggml_tq_params()->hash != tq_params_default()->hash) {
+            throw std::runtime_error(std::string("device ") + ggml_backend_dev_name(dev) + " cannot use a model's own TurboQuant "
+                "parameters; supported: the CPU (--no-kv-offload, or -ngl 0), or a model without (ggml-tq strip)");
         }
     }
 }
@@ -133,19 +286,25 @@ void llama_tq_shift(llm_graph_result * res, ggml_tensor * k, ggml_tensor * cells
     ggml_build_forward_expand(res->get_gf(), ggml_set_rows(ctx, rows, ggml_reshape_2d(ctx, cur, n_row, n_cells), cells));
 }
 
-static std::string describe(int32_t state_type) {
-    const int32_t type = state_type & 0xffff;
-    const bool    tagged = state_type != type;
-    if (type >= GGML_TYPE_COUNT || ggml_blck_size((ggml_type) type) == 0 || (tagged && !ggml_tq_is_type((ggml_type) type))) {
+static std::string describe_state(int32_t state_type) {
+    const uint32_t tag  = (uint32_t) state_type;
+    const uint32_t type = tag & 0xff;
+    const bool     ours = ggml_tq_is_type((ggml_type) type);
+    if (type >= GGML_TYPE_COUNT || ggml_blck_size((ggml_type) type) == 0 || (tag != type && !ours)) {
         return "an unknown type (" + std::to_string(state_type) + ")";
     }
     const std::string name = ggml_type_name((ggml_type) type);
-    if (!ggml_tq_is_type((ggml_type) type)) {
+    if (!ours) {
         return name;
     }
-    return name + (tagged ? ", format version " + std::to_string((state_type >> 16) - 1) : ", without a format version");
+    if (tag == type) {
+        return name + ", without a format version";
+    }
+    char buf[64];
+    snprintf(buf, sizeof(buf), ", format version %u, parameters %05x", (tag >> 8 & 0xf) - 1, tag >> 12);
+    return name + buf;
 }
 
 std::string llama_tq_state_mismatch(int32_t expected, int32_t found) {
-    return "the file holds " + describe(found) + "; this context uses " + describe(expected);
+    return "the file holds " + describe_state(found) + "; this context uses " + describe_state(expected);
 }

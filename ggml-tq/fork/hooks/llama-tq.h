@@ -6,19 +6,30 @@
 #include "ggml-tq-names.h"
 
 #include <functional>
+#include <memory>
 #include <vector>
 
+struct gguf_context;
 struct llama_model;
 struct llama_context_params;
 class  llama_kv_cells;
 class  llm_graph_result;
+
+// model load: the parameters in the file's turboquant.* metadata (docs/format.md section 8), nullptr if it has none;
+// throws, naming the key, if they are not valid
+std::shared_ptr<const tq_params> llama_tq_load(const gguf_context * gguf);
+
+// llama_context: makes the model's parameters those of the process for as long as the result lives (nullptr: no cache of
+// these types). A model that brings none uses the built-in ones, or shares those in use; throws if others are in use.
+std::shared_ptr<const void> llama_tq_acquire(const llama_model & model, const llama_context_params & params);
 
 // llama_init_from_model: refuses (with a message, before anything is allocated) a model whose head dims the types do not
 // support; for MLA models, whose one tensor is key and value, gives V the K type if both were asked for by role; prints
 // the effective types and their bits a value
 bool llama_tq_check(const llama_model & model, llama_context_params & params);
 
-// llama_kv_cache: throws if the device that holds a layer's cache cannot store the types; there is no silent fallback
+// llama_kv_cache: throws if the device that holds a layer's cache cannot store the types, or works in another process with
+// parameters of its own; there is no silent fallback
 void llama_tq_require_device(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v);
 
 // K-shift. Only cells whose position changes are decoded, roped and encoded again, whole heads at a time: encoding is
@@ -31,5 +42,5 @@ ggml_tensor * llama_tq_shift_cells(llm_graph_result * res, ggml_type type_k, ggm
 void llama_tq_shift(llm_graph_result * res, ggml_tensor * k, ggml_tensor * cells, ggml_tensor * k_shift, int64_t n_embd_head,
     int64_t n_nope, const std::function<ggml_tensor * (ggml_tensor * cur, ggml_tensor * shift)> & rope);
 
-// state restore: "the file holds tq3_qjl, format version 0; this context uses q8_0"
+// state restore: "the file holds tq3_qjl, format version 0, parameters 5752e; this context uses q8_0"
 std::string llama_tq_state_mismatch(int32_t expected, int32_t found);
