@@ -28,7 +28,7 @@ Scale = Literal["biased", "unbiased", "matched"]
 
 
 class EdenCode(NamedTuple):
-    index: Array  # (..., dim), uint8
+    codes: Array  # (..., dim), uint8
     scale: Array  # (..., 1): S
 
 
@@ -65,7 +65,7 @@ class Eden(Coder):
         return EdenCode(index, s)
 
     def decode(self, code: EdenCode) -> Array:
-        q = lookup(solve(self.b, self.codebook_dim).centroids, code.index, code.scale)
+        q = lookup(solve(self.b, self.codebook_dim).centroids, code.codes, code.scale)
         return Rotation(self.dim, self.rotation, self.seed).inverse(code.scale * q)
 
 

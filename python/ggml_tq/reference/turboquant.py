@@ -24,7 +24,7 @@ from ggml_tq.signs import ROTATION_SEED, SKETCH_SEED
 
 
 class MseCode(NamedTuple):
-    index: Array  # (..., dim), uint8
+    codes: Array  # (..., dim), uint8
     norm: Array  # (..., 1): |x|
 
 
@@ -57,7 +57,7 @@ class TurboQuantMse(Coder):
         return MseCode(nearest(y, solve(self.b, self.dim).thresholds), length)
 
     def decode(self, code: MseCode) -> Array:
-        y = lookup(solve(self.b, self.dim).centroids, code.index, code.norm)
+        y = lookup(solve(self.b, self.dim).centroids, code.codes, code.norm)
         return Rotation(self.dim, self.rotation, self.seed).inverse(y) * (code.norm / self.dim**0.5)
 
 
@@ -155,7 +155,10 @@ class TurboQuantSplit(Coder):
         if x.ndim < 2:
             raise ValueError(f"shape {tuple(x.shape)}: want (..., tokens, {self.dim}), to choose channels by")
         xp = array_namespace(x)
-        order = xp.argsort(xp.sum(x * x, axis=-2, keepdims=True), axis=-1, descending=True, stable=True)
+        energy = xp.sum(xp.astype(x, xp.float64) ** 2, axis=-2, keepdims=True)
+        order = xp.argsort(energy, axis=-1, descending=True, stable=True)
+        groups = order[..., : self.outliers], order[..., self.outliers :]
+        order = xp.concat([xp.sort(group, axis=-1) for group in groups], axis=-1)
         x = xp.take_along_axis(x, xp.broadcast_to(order, x.shape), axis=-1)
         first, second = self._parts
         return SplitCode(order, first.encode(x[..., : self.outliers]), second.encode(x[..., self.outliers :]))
