@@ -83,7 +83,8 @@ class _Cursor:
         if n > len(self.data) - self.position:
             raise GgufError("truncated: its header goes on beyond its end")
         self.position += n
-        return bytes(self.data[self.position - n : self.position])
+        taken: bytes = self.data[self.position - n : self.position]
+        return taken
 
     def scalar(self, fmt: str) -> Any:  # noqa: ANN401
         return struct.unpack(fmt, self.take(struct.calcsize(fmt)))[0]
@@ -204,6 +205,11 @@ def _parse(path: Path, data: mmap.mmap, size: int) -> Header:
     if n_tensors and data_start + data_size > size:
         raise GgufError(f"{path}: truncated: {size} bytes, its tensors need {data_start + data_size}")
     return Header(path, version, n_tensors, entries, infos, alignment, data_start, size)
+
+
+def packed_size(old: Header, entries: Iterable[Entry]) -> int:
+    """Bytes that a header with other entries takes, before it is padded."""
+    return _HEAD.size + sum(len(e.raw) for e in entries) + len(old.tensor_infos)
 
 
 def _pack_header(old: Header, entries: Sequence[Entry]) -> bytes:

@@ -15,6 +15,7 @@ from ggml_tq.gguf_file import (
     GgufError,
     Header,
     encode_entry,
+    packed_size,
     read_header,
     recover,
     without,
@@ -25,6 +26,7 @@ from ggml_tq.params import Params, ParamsError, Quantizer, check_centroids, chec
 
 PREFIX = "turboquant."
 PROVENANCE = PREFIX + "provenance."
+PADDING = PROVENANCE + "padding"  # spaces, so that a later stamp fits in place
 ROTATION_KIND = "rht64"
 
 
@@ -92,7 +94,11 @@ def from_entries(entries: Iterable[Entry]) -> Params | None:
 
 def provenance(header: Header) -> dict[str, str]:
     """What the file says about the origin of its parameters."""
-    return {e.key.removeprefix(PROVENANCE): str(e.value) for e in header.entries if e.key.startswith(PROVENANCE)}
+    return {
+        e.key.removeprefix(PROVENANCE): str(e.value)
+        for e in header.entries
+        if e.key.startswith(PROVENANCE) and e.key != PADDING
+    }
 
 
 def read(path: Path) -> tuple[Header, Params | None]:
@@ -128,13 +134,19 @@ def stamp(
     provenance: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write ``path`` with ``params`` as its metadata to ``output`` (None: in place, where the header does not grow).
+    """Write ``path`` with ``params`` as its metadata to ``output`` (None: in place, if an earlier stamp left room).
 
     Parameters that the file had are replaced; every other byte of metadata and tensors stays. Raises GgufError.
     """
     header = _open(path, output)
     origin = {"tool": f"ggml-tq {__version__}", **(provenance or {})}
-    _rewrite(header, without(header.entries, PREFIX) + to_entries(params, origin), output, progress)
+    entries = without(header.entries, PREFIX) + to_entries(params, origin)
+    spaces = 256
+    if output is None:
+        spaces = header.data_start - packed_size(header, entries) - len(encode_entry(PADDING, T.STRING, "").raw)
+    if spaces >= 0:
+        entries.append(encode_entry(PADDING, T.STRING, " " * spaces))
+    _rewrite(header, entries, output, progress)
 
 
 def strip(path: Path, output: Path | None, progress: Callable[[int], None] = lambda _: None) -> None:
