@@ -10,11 +10,11 @@ CMAKE_ARGS ?=
 export GGML_TQ_BUILD := $(CURDIR)/$(BUILD)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test build check-tools fetch sanitize clean
+.PHONY: help run test lint build check-tools fetch sanitize clean
 
 help:
 	@echo "make run       set everything up and generate text from a real model with a tq3 cache"
-	@echo "make test      set everything up and run all tests (ctest, pytest)"
+	@echo "make test      set everything up and run all tests (linters, ctest, pytest)"
 	@echo "make build     the programs only, in $(BUILD)/bin"
 	@echo "make sanitize  the C tests and a short generation under AddressSanitizer and UBSan"
 	@echo "make clean     remove what was built (keeps models and the fetched source)"
@@ -22,16 +22,26 @@ help:
 run: build fetch
 	$(BIN)/python scripts/demo.py
 
-test: build fetch
+test: build fetch lint
 	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -L ggml-tq
 	$(BIN)/python -m pytest tests/python
+
+lint: $(VENV)/.test-done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --config-file python/pyproject.toml
 
 # stops with a clear message before anything is fetched
 check-tools:
 	@PYTHON="$(PYTHON)" sh scripts/check_tools.sh
 
-$(VENV)/.done: python/pyproject.toml | check-tools
+$(VENV)/.done: python/pyproject.toml python/CMakeLists.txt | check-tools
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ./python
+	@touch $@
+
+# torch for the tests of the references, linters: some 300 MB that nobody else needs
+$(VENV)/.test-done: $(VENV)/.done
 	$(BIN)/python -m pip install --quiet --editable './python[test]'
 	@touch $@
 

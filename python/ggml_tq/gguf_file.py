@@ -137,7 +137,8 @@ def encode_entry(key: str, kind: GGUFValueType, value: Any, item_type: GGUFValue
 
     def pack(kind: GGUFValueType, value: Any) -> bytes:  # noqa: ANN401
         if kind == GGUFValueType.STRING:
-            return struct.pack("<Q", len(value.encode())) + value.encode()
+            value = str(value).encode()
+            return struct.pack("<Q", len(value)) + bytes(value)
         return struct.pack(_SCALARS[kind], value)
 
     head = struct.pack("<Q", len(key.encode())) + key.encode() + struct.pack("<I", kind)

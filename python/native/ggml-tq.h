@@ -1,0 +1,1 @@
+../../ggml-tq/include/ggml-tq.h
