@@ -62,7 +62,7 @@ def encode(x: ArrayLike, tq: TqType, params: Params = DEFAULT) -> Bytes:
     exponent = np.where(normal, np.minimum(np.frexp(peak)[1] - 1, 126), 0)  # floor(log2 peak)
     scaled = np.ldexp(np.where(normal, x, np.float32(1)), -exponent)
     y = rht(scaled.astype(np.float32, copy=False), params.rotation_signs)
-    g: Array = 8 / np.sqrt(tree_sum(y * y))
+    g: Array = np.divide(8, np.sqrt(tree_sum(y * y)), dtype=np.float32)
     u: Array = y * g
 
     quantizer = params.quantizers[tq.name]

@@ -9,12 +9,27 @@ from rich.console import Console
 
 from ggml_tq import __version__
 
-app = typer.Typer(
-    help="TurboQuant KV cache types for llama.cpp: what they are, how good they are, and models prepared for them.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-)
+HELP = """TurboQuant KV cache types for llama.cpp: learn them, measure them, prepare a model for them.
+
+- **learn**: `types` lists the cache types; `distortion` compares every algorithm with the Shannon bound.
+- **prepare**: `stamp` writes a model's own seeds and codebooks into its metadata, `inspect` shows them, `strip` removes
+  them. `capture` records real queries, keys and values; `study` says what quantizers make of them, and `stamp` can
+  calibrate codebooks on them.
+- **measure**: `eval` (perplexity, KL divergence), `retrieval` and `bench` run the fork's own programs and record what they
+  find; `report` makes tables and plots of it.
+
+A first round, with the programs of `make build`:
+
+    ggml-tq fetch smollm2 wiki
+    ggml-tq eval -m models/SmolLM2-135M-Instruct.Q4_1.gguf -f models/wiki.txt --help
+    ggml-tq stamp models/SmolLM2-135M-Instruct.Q4_1.gguf -o stamped.gguf --seed 7
+    ggml-tq inspect stamped.gguf
+    build/bin/llama-cli -m stamped.gguf -ctk tq3 -ctv tq3
+
+Exit status: 0 done, 1 an error (one line on standard error), 2 a wrong command line.
+"""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 
 def fail(error: object) -> typer.Exit:

@@ -78,5 +78,5 @@ def types(
         table.add_column(heading, justify="right")
     for r in rows:
         cells = (r["id"], r["bits"], r["block_bytes"], r["bits_per_value"])
-        table.add_row(r["name"], *map(str, cells), f"{r['distortion']:.4f}")
+        table.add_row(str(r["name"]), *map(str, cells), f"{r['distortion']:.4f}")
     Console().print(table)
