@@ -13,7 +13,8 @@ from ggml_tq import codec, native, transform
 from ggml_tq.cache_types import QUERY_BYTES, TYPES, TqType
 from ggml_tq.params import DEFAULT, Params, Quantizer
 
-ROWS, DIM = 500, 192
+ROWS, DIM = 480, 192
+DIMS = (64, 192, 576)  # that the same numbers are cut into
 Rows = NDArray[np.float32]
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden.npz"
 ALL = pytest.mark.parametrize("tq", TYPES.values(), ids=TYPES)
@@ -66,9 +67,11 @@ def test_rows(rng: np.random.Generator, tq: TqType, family: str) -> None:
     for params in sets(rng):
         with np.errstate(over="ignore"):
             x = np.ascontiguousarray(FAMILIES[family](rng, params), dtype=np.float32)
-        want = codec.encode(x, tq, params)
-        np.testing.assert_array_equal(native.encode(x, tq, params), want)
-        np.testing.assert_array_equal(native.decode(want, tq, params), codec.decode(want, tq, params))
+        for dim in DIMS:
+            rows = x.reshape(-1, dim)
+            want = codec.encode(rows, tq, params)
+            np.testing.assert_array_equal(native.encode(rows, tq, params), want)
+            np.testing.assert_array_equal(native.decode(want, tq, params), codec.decode(want, tq, params))
 
 
 @ALL
