@@ -18,6 +18,9 @@ from typing import Any
 
 import pytest
 
+from ggml_tq.eval.perplexity import Base, Program, compare, compute_base, options
+from ggml_tq.eval.runs import Figure, Pair, PathKind
+
 REPO = Path(__file__).resolve().parents[2]
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 THREADS = "2"
@@ -265,31 +268,55 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Divergence:
-    """llama-perplexity on the prose, against the logits of the same model with an f16 cache."""
+    """Runs of llama-perplexity on the prose, against the logits of the same model with an f16 cache."""
 
     def __init__(self, fork: Fork, prose: Path, folder: Path) -> None:
         self.fork, self.prose, self.folder = fork, prose, folder
-        self.bases: dict[tuple[Path, int, int], Path] = {}
+        self.bases: dict[tuple[Path, int, int], Base] = {}
 
-    def _perplexity(self, model: Path, ctx: int, *args: object, last: str) -> Result:
-        fixed = ("-c", ctx, "-b", ctx, "-t", THREADS, "--no-warmup")
-        return self.fork.run("llama-perplexity", "-m", model, *fixed, *args, last=last, timeout=240).ok()
-
-    def base(self, model: Path, ctx: int, chunks: int) -> Path:
+    def base(self, model: Path, ctx: int, chunks: int) -> Base:
         key = (model, ctx, chunks)
         if key not in self.bases:
-            path = self.folder / f"{len(self.bases)}.logits"
-            options = ("-f", self.prose, "--chunks", chunks, "--kl-divergence-base", path)
-            self._perplexity(model, ctx, *options, last="Final estimate")
-            self.bases[key] = path
+            self.bases[key] = compute_base(
+                Program(self.fork.bin_dir),
+                model,
+                self.prose,
+                self.folder / f"{len(self.bases)}.logits",
+                context=ctx,
+                chunks=chunks,
+                threads=int(THREADS),
+                flags=options(ctx),
+            )
         return self.bases[key]
+
+    def figures(
+        self,
+        model: Path,
+        cache: tuple[str, str],
+        *args: object,
+        ctx: int = 256,
+        chunks: int = 1,
+        path: PathKind = "batched",
+    ) -> dict[str, Figure]:
+        """All figures of one run; the effective types are checked."""
+        _, found, _ = compare(
+            Program(self.fork.bin_dir),
+            model,
+            self.base(model, ctx, chunks),
+            Pair(*cache),
+            path,
+            context=ctx,
+            chunks=chunks,
+            threads=int(THREADS),
+            flags=options(ctx, *map(str, args)),
+        )
+        return found
 
     def measure(self, model: Path, cache: tuple[str, str], *args: object, ctx: int = 256, chunks: int = 1) -> float:
         """Mean KL divergence of the next-token distributions."""
-        options = ("--kl-divergence", "--kl-divergence-base", self.base(model, ctx, chunks))
-        types = ("-ctk", cache[0], "-ctv", cache[1])
-        result = self._perplexity(model, ctx, *options, *types, *args, last=r"Same top p: +\d")
-        return result.number(r"Mean +KLD: +([-\d.]+)")
+        kld = self.figures(model, cache, *args, ctx=ctx, chunks=chunks)["kld"][0]
+        assert kld is not None, f"{cache}: the divergence is not finite"
+        return kld
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,292 @@
+"""Tables and plots of recorded results.
+
+A table holds results of one model, text, context and number of chunks, all measured with the same settings; anything
+else is refused, not averaged over. The numbers are those of the records; nothing is computed here but their order.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ggml_tq.eval.runs import EvalError, Record, check_comparable
+
+Group = list[Record]
+
+_HEAD = """\
+| K / V | path | bits a value | perplexity | ÷ f16 | mean KLD | median | 99 % | 99.9 % | max | same top token |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|
+"""
+_INTRO = """\
+# Quality of cache types
+
+Perplexity and KL divergence to the f16 cache of the same program, measured by its own `llama-perplexity`: the second
+half of each chunk is scored. `batched` computes up to 512 tokens at once, `decode` one at a time, as text is generated.
+Both are compared with logits of batched f16, so the f16 row of `decode` shows how far the paths themselves differ.
+Upstream's types have upstream's rotation. ± is one standard error, over tokens. Bits a value are the printed size of
+the cache over that of the f16 cache, keys and values together.
+
+Written by `ggml-tq report`; the records behind it, with hashes and processor, are in {inputs}.
+"""
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}".replace("-" + f"{0:.{digits}f}", f"{0:.{digits}f}")
+
+
+def plus_minus(r: Record, name: str, digits: int) -> str:
+    """A figure with its standard error."""
+    value, error = r.value(name), r.error(name)
+    return _number(value, digits) + (f" ± {error:.{digits}f}" if value is not None and error is not None else "")
+
+
+def groups(records: Iterable[Record]) -> list[Group]:
+    """Results that may share a table: same model, text, context and chunks.
+
+    Raises EvalError where their other settings differ, or where one run was recorded twice with different results.
+    """
+    found: dict[tuple[object, ...], dict[object, Record]] = defaultdict(dict)
+    for r in records:
+        s = r.settings
+        same = found[s.model_sha256, s.text_sha256, s.context, s.chunks]
+        twin = same.setdefault((r.settings.key(), r.pair, r.path), r)
+        if twin.figures != r.figures:
+            raise EvalError(f"two different results of {s.model}, {s.context} tokens, {r.pair}, {r.path}")
+    result = []
+    for group in found.values():
+        rows = sorted(group.values(), key=lambda r: (r.path, -r.cache.bits, str(r.pair)))
+        try:
+            check_comparable(rows)
+        except EvalError as e:
+            raise EvalError(f"{rows[0].settings.model}, {rows[0].settings.context} tokens: {e}") from e
+        result.append(rows)
+    return sorted(result, key=lambda g: (g[0].settings.model.lower(), g[0].settings.text, g[0].settings.context))
+
+
+def _row(r: Record) -> str:
+    cells = (
+        f"{r.cache.k} / {r.cache.v}",
+        r.path,
+        f"{r.cache.bits:.2f}",
+        _number(r.value("ppl"), 3),
+        plus_minus(r, "ppl_ratio", 4),
+        plus_minus(r, "kld", 5),
+        _number(r.value("kld_median"), 5),
+        _number(r.value("kld_99"), 4),
+        _number(r.value("kld_99.9"), 3),
+        _number(r.value("kld_max"), 2),
+        plus_minus(r, "same_top", 2) + " %",
+    )
+    return f"| {' | '.join(cells)} |\n"
+
+
+def chunk_error_ratio(group: Group) -> float | None:
+    """How much larger errors of the mean KLD are from the spread of chunks than from that of tokens (median of rows).
+
+    Tokens of one chunk are not independent, which upstream's error over tokens takes them to be.
+    """
+    ratios = []
+    for r in group:
+        error = r.error("kld")
+        if len(r.chunk_kld) >= 5 and error and r.cache.bits < 16:
+            ratios.append(statistics.stdev(r.chunk_kld) / len(r.chunk_kld) ** 0.5 / error)
+    return statistics.median(ratios) if ratios else None
+
+
+def _table(group: Group) -> str:
+    first, s = group[0], group[0].settings
+    ratio = chunk_error_ratio(group)
+    spread = f" The spread of the chunks gives errors {ratio:.1f} times as large." if ratio else ""
+    where = f"{s.cpu}, {s.gpu}" if s.gpu else s.cpu
+    return (
+        f"## {s.model}, {s.context} tokens\n\n"
+        f"{s.chunks} chunks of {s.text}, {s.scored} tokens scored; perplexity with the f16 cache "
+        f"{plus_minus(first, 'ppl_f16', 4)}.{spread} {where}, {s.threads} threads, `{' '.join(s.flags)}`, "
+        f"program {s.binary_sha256[:8]}, model {s.model_sha256[:8]}, text {s.text_sha256[:8]}.\n\n"
+        + _HEAD
+        + "".join(map(_row, group))
+    )
+
+
+def tables(records: Iterable[Record]) -> str:
+    """Markdown tables of the results."""
+    return "\n".join(map(_table, groups(records)))
+
+
+def compact(records: Iterable[Record]) -> str:
+    """One Markdown table: mean KLD of batched runs, a row a pair of types, a column a model and context.
+
+    Of each model the context with the most results is shown.
+    """
+    largest: dict[str, Group] = {}
+    for group in groups(records):
+        batched = [r for r in group if r.path == "batched"]
+        model = group[0].settings.model_sha256
+        if len(batched) > len(largest.get(model, [])):
+            largest[model] = batched
+    columns = list(largest.values())
+    if not columns:
+        raise EvalError("no batched results")
+    rows: dict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
+    for i, column in enumerate(columns):
+        for r in column:
+            rows[r.cache.k, r.cache.v][i] = r
+    heads = [f"{_short_name(c[0].settings.model)}, {c[0].settings.context} tokens" for c in columns]
+    lines = [f"| K / V | bits a value | {' | '.join(heads)} |", "|---|--:|" + "--:|" * len(columns)]
+    for (k, v), cells in sorted(rows.items(), key=lambda row: -next(iter(row[1].values())).cache.bits):
+        bits = next(iter(cells.values())).cache.bits
+        shown = [plus_minus(cells[i], "kld", 4) if i in cells else "-" for i in range(len(columns))]
+        lines.append(f"| {k} / {v} | {bits:.2f} | {' | '.join(shown)} |")
+    scored = min(c[0].settings.scored for c in columns)
+    head = f"Mean KL divergence to the f16 cache, at least {scored} tokens scored, ± one standard error:\n\n"
+    return head + "\n".join(lines) + "\n"
+
+
+def _short_name(file: str) -> str:
+    """A model's name without its quantization and ending."""
+    return re.sub(r"[-.]q\d[\w]*$", "", file.removesuffix(".gguf"), flags=re.I)
+
+
+def _series(r: Record) -> int:
+    ours = sum(t.startswith("tq") for t in (r.cache.k, r.cache.v))
+    return 1 if r.pair.k != r.pair.v else 2 * (ours == 2)
+
+
+_SERIES = (("upstream", "s", "#777777"), ("mixed", "D", "#d9822b"), ("ggml-tq", "o", "#1f6fb4"))
+
+
+def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other beats in both coordinates, by the first."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not best or y < best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def _save(figure: object, path: Path) -> None:
+    scratch = path.with_suffix(".partial")
+    figure.savefig(scratch, format="svg", metadata={"Date": None}, bbox_inches="tight")  # type: ignore[attr-defined]
+    scratch.replace(path)
+
+
+def plot_pareto(group: Group, path: Path) -> bool:
+    """Mean KLD over bits a value of the batched runs of one table; False where there is nothing to show."""
+    from matplotlib.figure import Figure  # slow to import
+
+    shown = [r for r in group if r.path == "batched" and r.cache.bits < 16 and (r.value("kld") or 0) > 0]
+    if len(shown) < 2:
+        return False
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    points = [(r.cache.bits, r.value("kld") or 0.0) for r in shown]
+    axes.plot(*zip(*_frontier(points), strict=True), color="#cccccc", zorder=0)
+    for n, (label, marker, colour) in enumerate(_SERIES):
+        of = [(p, r) for p, r in zip(points, shown, strict=True) if _series(r) == n]
+        if of:
+            xs, ys = zip(*(p for p, _ in of), strict=True)
+            errors = [r.error("kld") or 0.0 for _, r in of]
+            axes.errorbar(xs, ys, yerr=errors, fmt=marker, color=colour, ms=5, label=label)
+        for (x, y), r in of:
+            axes.annotate(str(r.pair), (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour)
+    axes.set(xlabel="bits a value", ylabel="mean KL divergence to f16", yscale="log")
+    axes.set_title(f"{_short_name(group[0].settings.model)}, {group[0].settings.context} tokens", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+    return True
+
+
+def _without_sizes(flags: Sequence[str]) -> list[str]:
+    pairs = [i for i, flag in enumerate(flags) if flag in ("-b", "-ub")]
+    return [flag for i, flag in enumerate(flags) if i not in pairs and i - 1 not in pairs]
+
+
+def plot_context(model_groups: Sequence[Group], path: Path) -> bool:
+    """Mean KLD over context length of one model; False where fewer than two contexts are recorded alike."""
+    from matplotlib.figure import Figure
+
+    first = model_groups[0][0].settings
+    alike = [
+        g
+        for g in model_groups
+        if _without_sizes(g[0].settings.flags) == _without_sizes(first.flags)
+        and all(
+            getattr(g[0].settings, name) == getattr(first, name)
+            for name in ("text_sha256", "threads", "binary_sha256", "cpu", "gpu")
+        )
+    ]
+    lines: dict[str, list[Record]] = defaultdict(list)
+    for group in alike:
+        for r in group:
+            if r.path == "batched" and r.cache.bits < 16 and (r.value("kld") or 0) > 0:
+                lines[f"{r.cache.k} / {r.cache.v}"].append(r)
+    lines = {name: rs for name, rs in lines.items() if len(rs) > 1}
+    if not lines:
+        return False
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    for name, rs in lines.items():
+        contexts, values = [r.settings.context for r in rs], [r.value("kld") or 0.0 for r in rs]
+        axes.errorbar(contexts, values, yerr=[r.error("kld") or 0.0 for r in rs], marker="o", ms=4, lw=1, label=name)
+    ticks = sorted({r.settings.context for rs in lines.values() for r in rs})
+    axes.set(xlabel="context, tokens", ylabel="mean KL divergence to f16", xscale="log", yscale="log")
+    axes.set_xticks(ticks, [str(t) for t in ticks], minor=False)
+    axes.set_title(_short_name(first.model), fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+    return True
+
+
+def _replace(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + ".partial")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+def update_readme(file: Path, text: str) -> None:
+    """Put `text` between the file's ``<!-- quality -->`` and ``<!-- /quality -->`` lines."""
+    marked = re.compile(r"(<!-- quality -->\n).*?(<!-- /quality -->)", re.DOTALL)
+    old = file.read_text()
+    if not marked.search(old):
+        raise EvalError(f"{file} has no <!-- quality --> … <!-- /quality --> lines")
+    _replace(file, marked.sub(lambda m: m[1] + text + m[2], old))
+
+
+def write(records: Sequence[Record], output: Path, inputs: Sequence[Path], readme: Path | None = None) -> None:
+    """Write the report to `output`, plots beside it, and the compact table into `readme`.
+
+    Raises EvalError, before anything is written, where results are missing or cannot be compared.
+    """
+    import matplotlib as mpl
+
+    if not records:
+        raise EvalError("no results")
+    all_groups = groups(records)
+    short = compact(records)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    links = ", ".join(f"[{p.name}]({os.path.relpath(p, output.parent)})" for p in inputs)
+    parts = [_INTRO.format(inputs=links)]
+    by_model: dict[str, list[Group]] = defaultdict(list)
+    for group in all_groups:
+        by_model[group[0].settings.model_sha256].append(group)
+    # the same picture for the same numbers
+    with mpl.rc_context({"svg.hashsalt": "ggml-tq", "svg.fonttype": "none"}):
+        for model_groups in by_model.values():
+            name = _short_name(model_groups[0][0].settings.model)
+            for group in model_groups:
+                parts.append(_table(group))
+                plot = output.with_name(f"{output.stem}-{name}-{group[0].settings.context}.svg")
+                if plot_pareto(group, plot):
+                    parts.append(f"![bits a value and mean KLD]({plot.name})\n")
+            plot = output.with_name(f"{output.stem}-{name}-context.svg")
+            if plot_context(model_groups, plot):
+                parts.append(f"![context length and mean KLD]({plot.name})\n")
+    _replace(output, "\n".join(parts))
+    if readme:
+        update_readme(readme, f"{short}\nAll figures: [{output.name}]({os.path.relpath(output, readme.parent)}).\n")

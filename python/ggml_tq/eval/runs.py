@@ -1,0 +1,307 @@
+"""What a quality run is, and the JSON-lines file that keeps the results.
+
+A result is only worth what is known about it, so a record holds everything that the numbers depend on: the hashes
+of model, text and program, threads, flags, processor. These are the *settings*; two results are comparable if their
+settings are equal. The cache types and the path are what a comparison varies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+SCHEMA = 1
+REPO = Path(__file__).resolve().parents[3]
+LABELS = frozenset({"model", "text"})  # names of files; their hashes are what counts
+
+PathKind = Literal["batched", "decode"]
+PATHS: tuple[PathKind, ...] = ("batched", "decode")
+Json = dict[str, Any]
+Figure = tuple[float | None, float | None]  # value and standard error; None: not finite, or no error given
+
+
+class EvalError(Exception):
+    """An evaluation that cannot be done or trusted; the message is one line for the user."""
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex; read again only if its size or time has changed."""
+    try:
+        stat = path.stat()
+        return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    except OSError as e:
+        raise EvalError(f"{path}: {e.strerror}") from e
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A cache type for keys and one for values, as on a command line."""
+
+    k: str
+    v: str
+
+    @classmethod
+    def parse(cls, text: str) -> Pair:
+        """``q8_0/tq3``, or ``tq3`` for both."""
+        k, slash, v = text.strip().partition("/")
+        if not k or (slash and not v) or "/" in v:
+            raise EvalError(f"'{text}' is no pair of cache types: want K/V, or one type for both")
+        return cls(k, v or k)
+
+    def __str__(self) -> str:
+        return self.k if self.k == self.v else f"{self.k}/{self.v}"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Base of settings: what results must share to be comparable."""
+
+    def identity(self) -> Json:
+        """The settings without the labels, as JSON."""
+        items = dataclasses.asdict(self).items()
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in items if k not in LABELS}
+
+    def key(self) -> str:
+        """Names the settings in 16 hex digits."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Settings(Identity):
+    """The settings of a perplexity."""
+
+    model: str
+    model_sha256: str
+    text: str
+    text_sha256: str
+    context: int  # tokens a chunk; its second half is scored
+    chunks: int
+    threads: int
+    flags: tuple[str, ...]  # options of llama-perplexity; the decode path adds its own
+    binary_sha256: str
+    cpu: str
+    gpu: str  # empty: none in use
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        return self.chunks * (self.context - 1 - self.context // 2)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The cache as the runtime printed it."""
+
+    k: str  # effective types
+    v: str
+    cells: int  # of the largest cache, where sliding-window layers have their own
+    mib_k: float
+    mib_v: float  # 0 where keys and values are one tensor
+    bits: float  # a value, over keys and values: 16 times the size over that of the f16 cache
+    bits_k: float
+    bits_v: float | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One result."""
+
+    settings: Settings
+    pair: Pair
+    path: PathKind
+    cache: Cache
+    figures: dict[str, Figure]  # perplexity.FIGURES
+    chunk_kld: tuple[float, ...]  # mean KLD of each chunk
+    source: Json  # upstream pin, commit, build
+    date: str  # UTC, ISO 8601
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, Pair, PathKind]:
+        return self.settings.key(), self.pair, self.path
+
+    def value(self, name: str) -> float | None:
+        return self.figures[name][0]
+
+    def error(self, name: str) -> float | None:
+        return self.figures[name][1]
+
+    def to_json(self) -> Json:
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Json) -> Record:
+        """Raises EvalError for anything but what `to_json` returns."""
+        try:
+            if data["schema"] != SCHEMA:
+                raise EvalError(f"schema {data['schema']}; this version reads {SCHEMA}")
+            settings = data["settings"]
+            if data["path"] not in PATHS:
+                raise EvalError(f"path '{data['path']}'")
+            return cls(
+                settings=Settings(**{**settings, "flags": tuple(settings["flags"])}),
+                pair=Pair(**data["pair"]),
+                path=data["path"],
+                cache=Cache(**data["cache"]),
+                figures={name: (f[0], f[1]) for name, f in data["figures"].items()},
+                chunk_kld=tuple(data["chunk_kld"]),
+                source=data["source"],
+                date=data["date"],
+                seconds=data["seconds"],
+            )
+        except (KeyError, TypeError, IndexError, AttributeError) as e:
+            raise EvalError(f"not a record: {e!r}") from e
+
+
+class Storable(Protocol):
+    def to_json(self) -> Json: ...
+
+
+R = TypeVar("R", bound=Storable)
+
+
+class JsonLines(Generic[R]):
+    """Records in a JSON-lines file.
+
+    A record is appended as one line, under a lock, and synchronized to disk, so a process killed at any point
+    leaves whole lines and at most one half-written last line. That one is not read, and the next append removes it.
+    """
+
+    def __init__(self, path: Path, parse: Callable[[Json], R]) -> None:
+        self.path, self.parse = path, parse
+
+    def read(self) -> tuple[list[R], str | None]:
+        """All records, and the half-written last line if there is one. Raises EvalError where a line is damaged."""
+        try:
+            raw = self.path.read_bytes()
+        except FileNotFoundError:
+            return [], None
+        except OSError as e:
+            raise EvalError(f"{self.path}: {e.strerror}") from e
+        *lines, tail = raw.split(b"\n")
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(self.parse(json.loads(line)))
+            except (ValueError, EvalError) as e:
+                raise EvalError(f"{self.path}, line {number}: {e}") from e
+        return records, tail.decode(errors="replace") or None
+
+    def append(self, record: R) -> None:
+        """Add one record; it is on disk when this returns."""
+        line = json.dumps(record.to_json(), allow_nan=False).encode() + b"\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            created = not self.path.exists()
+            with self.path.open("a+b") as f:
+                fcntl.flock(f, fcntl.LOCK_EX)
+                f.truncate(_whole(f.fileno()))
+                f.write(line)
+                f.flush()
+                os.fsync(f.fileno())
+            if created:
+                _sync_directory(self.path.parent)
+        except OSError as e:
+            raise EvalError(f"{self.path}: {e.strerror}") from e
+
+
+class Store(JsonLines[Record]):
+    """The results of perplexities."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, Record.from_json)
+
+
+def _whole(fd: int) -> int:
+    """How many bytes of a file are whole lines."""
+    end = os.fstat(fd).st_size
+    while end > 0:
+        start = max(0, end - 4096)
+        newline = os.pread(fd, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class Measured(Protocol):
+    @property
+    def settings(self) -> Identity: ...
+
+
+def check_comparable(records: Iterable[Measured]) -> None:
+    """Raise EvalError, which says what differs, unless all records have the same settings."""
+    records = list(records)
+    if not records:
+        raise EvalError("no results")
+    first = records[0].settings.identity()
+    for record in records[1:]:
+        other = record.settings.identity()
+        differing = [name for name in first if first[name] != other[name]]
+        if differing:
+            what = ", ".join(f"{name} ({short(first[name])} / {short(other[name])})" for name in differing)
+            raise EvalError(f"results of different settings cannot be compared: {what}")
+
+
+def short(value: object) -> str:
+    text = str(value)
+    return text[:8] + "…" if len(text) == 64 else text
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(REPO), *args], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def source(version: str, build: str = "") -> Json:
+    """Where results come from: the upstream pin, the commit, the version of the program, the user's note on it."""
+    lock = REPO / "ggml-tq" / "fork" / "upstream.lock"
+    pin = json.loads(lock.read_text()) if lock.is_file() else {}
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "upstream": {k: pin.get(k) for k in ("package", "version", "sha256", "commit")},
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else status != "",
+        "version": version,
+        "build": build,
+    }
+
+
+def cpu() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

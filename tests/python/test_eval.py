@@ -1,0 +1,408 @@
+"""The evidence machine itself: what it records, what it refuses, and that it can be killed at any point.
+
+Real runs of llama-perplexity throughout, most of them on a model with random weights that takes part of a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import REPO, Fork
+from random_models import Gemma3, Llama
+from typer.testing import CliRunner, Result
+
+from ggml_tq.cli import app
+from ggml_tq.eval import matrix, perplexity, report, runs
+from ggml_tq.eval.runs import EvalError, Pair, Record, Store
+
+RandomModel = Callable[[object], Path]
+
+
+class Bench:
+    """`ggml-tq eval` on one model and text in a folder of its own."""
+
+    def __init__(self, folder: Path, model: Path, text: Path, bin_dir: Path) -> None:
+        self.output, self.cache = folder / "quality.jsonl", folder / "cache"
+        self.model, self.text, self.bin_dir = model, text, bin_dir
+
+    def args(self, types: str, *more: object) -> list[str]:
+        if "-c" not in more:
+            more = ("-c", 256, *more)
+        files = ("-m", self.model, "-f", self.text, "-o", self.output, "--cache-dir", self.cache, "--bin", self.bin_dir)
+        return [str(x) for x in ("eval", *files, "--types", types, "--chunks", 2, "-t", 2, *more)]
+
+    def invoke(self, types: str, *more: object) -> Result:
+        return CliRunner().invoke(app, self.args(types, *more))
+
+    def run(self, types: str, *more: object) -> list[Record]:
+        result = self.invoke(types, *more)
+        assert result.exit_code == 0, result.output
+        return self.records()
+
+    def refuses(self, message: str, types: str, *more: object) -> None:
+        result = self.invoke(types, *more)
+        assert result.exit_code == 1, result.output
+        error = result.stderr.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert message in error
+
+    def records(self) -> list[Record]:
+        return Store(self.output).read()[0]
+
+    def logits(self) -> Path:
+        (path,) = self.cache.glob("*.logits")
+        return path
+
+
+@pytest.fixture
+def bench(tmp_path: Path, random_model: RandomModel, prose: Path, fork: Fork) -> Bench:
+    return Bench(tmp_path, random_model(Llama(64)), prose, fork.bin_dir)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory, random_model: RandomModel, prose: Path, fork: Fork) -> Record:
+    """Some real result."""
+    bench = Bench(tmp_path_factory.mktemp("record"), random_model(Llama(64)), prose, fork.bin_dir)
+    return bench.run("tq3")[0]
+
+
+def with_settings(record: Record, **changes: object) -> Record:
+    return dataclasses.replace(record, settings=dataclasses.replace(record.settings, **changes))
+
+
+def test_a_record_says_what_was_measured(tmp_path: Path, smollm2: Path, prose: Path, fork: Fork) -> None:
+    (r,) = Bench(tmp_path, smollm2, prose, fork.bin_dir).run("q8_0/tq3", "--chunks", 1, "--build", "of today")
+    s = r.settings
+    assert (s.model, s.text, s.context, s.chunks, s.threads) == (smollm2.name, prose.name, 256, 1, 2)
+    assert s.model_sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    assert s.text_sha256 == runs.sha256(prose)
+    assert s.binary_sha256 == runs.sha256(fork.bin_dir / "llama-perplexity")
+    assert s.cpu
+    assert (r.cache.k, r.cache.v, r.cache.cells) == ("q8_0", "tq3_mse", 256)
+    # from sizes that are printed to 0.01 MiB
+    assert (r.cache.bits_k, r.cache.bits_v) == (pytest.approx(8.5, abs=0.05), pytest.approx(3.25, abs=0.05))
+    assert r.cache.bits == pytest.approx(5.875, abs=0.05)
+    lock = json.loads((REPO / "ggml-tq/fork/upstream.lock").read_text())
+    assert r.source["upstream"]["sha256"] == lock["sha256"]
+    assert r.source["build"] == "of today"
+    assert set(r.figures) == set(perplexity.FIGURES)
+    assert 0 < r.value("kld_median") < r.value("kld") < r.value("kld_99") < r.value("kld_99.9") <= r.value("kld_max")
+    assert r.chunk_kld == (pytest.approx(r.value("kld"), abs=1e-5),)
+    assert 80 < r.value("same_top") < 100
+    assert r.value("ppl") / r.value("ppl_f16") == pytest.approx(r.value("ppl_ratio"), rel=1e-4)
+    for name in ("ppl", "ppl_f16", "ppl_ratio", "kld", "same_top"):
+        assert r.error(name) > 0
+
+
+def test_same_command_same_numbers(tmp_path: Path, random_model: RandomModel, prose: Path, fork: Fork) -> None:
+    options = ("--path", "batched", "--path", "decode")
+    found = []
+    for folder in ("a", "b"):  # each computes its own f16 logits
+        (tmp_path / folder).mkdir()
+        records = Bench(tmp_path / folder, random_model(Llama(128)), prose, fork.bin_dir).run("f16,q4_0,tq3", *options)
+        found.append({r.key: (r.figures, r.cache, r.chunk_kld) for r in records})
+    assert len(found[0]) == 6
+    assert found[0] == found[1]
+
+
+def test_f16_differs_from_itself_by_nothing(bench: Bench) -> None:
+    (r,) = bench.run("f16")
+    assert r.cache.bits == 16
+    assert abs(r.value("kld")) < 1e-5  # logits are kept in 16 bits
+    assert r.value("same_top") == 100
+
+
+def test_a_sliding_windows_cells_depend_on_the_batch(
+    tmp_path: Path, random_model: RandomModel, prose: Path, fork: Fork
+) -> None:
+    bench = Bench(tmp_path, random_model(Gemma3()), prose, fork.bin_dir)
+    sizes = {
+        r.path: (r.cache.mib_k, r.cache.bits)
+        for r in bench.run("tq3", "--path", "batched", "--path", "decode", "-c", 512)
+    }
+    assert sizes["decode"][0] < sizes["batched"][0]
+    assert all(bits == pytest.approx(3.25, rel=0.02) for _, bits in sizes.values())
+
+
+def test_recorded_runs_are_skipped(bench: Bench) -> None:
+    bench.run("tq4")
+    first, logits = bench.output.read_bytes(), bench.logits().stat()
+    bench.run("tq4,tq3")
+    second = bench.output.read_bytes()
+    assert second.startswith(first)
+    assert [str(r.pair) for r in bench.records()] == ["tq4", "tq3"]
+    assert bench.logits().stat() == logits
+    bench.run("tq3,tq4")
+    assert bench.output.read_bytes() == second
+    bench.run("tq4", "-t", 1)  # other settings: another run
+    assert len(bench.records()) == 3
+
+
+def _flip(path: Path) -> None:
+    with path.open("r+b") as f:
+        f.seek(path.stat().st_size // 2)
+        byte = f.read(1)[0]
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte ^ 1]))
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def _empty_sidecar(path: Path) -> None:
+    path.with_suffix(".json").write_text("")
+
+
+@pytest.mark.parametrize("damage", [_flip, _cut, _empty_sidecar])
+def test_damaged_logits_are_computed_again(bench: Bench, damage: Callable[[Path], None]) -> None:
+    bench.run("tq4")
+    whole = bench.logits().read_bytes()
+    damage(bench.logits())
+    result = bench.invoke("tq3")
+    assert result.exit_code == 0
+    assert "is damaged: computing it again" in result.stderr
+    assert bench.logits().read_bytes() == whole
+    assert bench.invoke("tq2").stderr.count("is damaged") == 0
+
+
+def _script(folder: Path, text: str) -> Path:
+    """A folder of programs with a llama-perplexity that a shell script stands for."""
+    folder.mkdir()
+    program = folder / "llama-perplexity"
+    program.write_text(f"#!/bin/bash\n{text}\n")
+    program.chmod(0o755)
+    return folder
+
+
+def test_a_full_disk_is_noticed(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the program does not notice that writing failed
+    real = bench.bin_dir / "llama-perplexity"
+    cut = 'while [ $# -gt 1 ]; do [ "$1" = --save-all-logits ] && truncate -s -100 "$2"; shift; done; exit 0'
+    bench.bin_dir = _script(tmp_path / "bin", f'{real} "$@" || exit\n{cut}')
+    bench.refuses("is the disk full?", "tq3")
+    bench.bin_dir = real.parent
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    bench.refuses("GB free", "tq3")
+    assert [p.suffix for p in bench.cache.iterdir()] == [".lock", ".lock"]
+    assert not bench.output.exists()
+
+
+def test_another_type_than_the_one_asked_for_is_refused(bench: Bench, tmp_path: Path) -> None:
+    real = bench.bin_dir / "llama-perplexity"
+    bench.bin_dir = _script(tmp_path / "bin", f'exec {real} "${{@/tq3/q8_0}}"')
+    assert bench.run("tq4")
+    bench.refuses("K of type tq3 was asked for, the cache is q8_0", "tq3")
+    bench.refuses("V of type tq3 was asked for, the cache is q8_0", "tq4/tq3")
+    assert len(bench.records()) == 1
+
+
+def test_what_cannot_be_measured_is_refused(bench: Bench, tmp_path: Path) -> None:
+    bench.refuses("the text has", "tq3", "--chunks", 99)
+    bench.refuses("you need at least", "tq3", "-c", 2048, "--chunks", 1)
+    bench.refuses("scored tokens", "tq3", "-c", 128, "--chunks", 1)
+    bench.refuses("no pair of cache types", "tq3/")
+    bench.refuses("path 'fast'", "tq3", "--path", "fast")
+    bench.refuses("Unsupported cache type: tq9", "tq4,tq9")
+    bench.refuses("invalid argument: --foo", "tq4", "--flags", "--foo")
+    assert not list(bench.cache.glob("*.logits"))
+    bench.refuses("is missing", "tq3", "--bin", tmp_path)
+    bench.model = tmp_path / "none.gguf"
+    bench.refuses("none.gguf is missing", "tq3")
+    assert not bench.output.exists()
+
+
+def test_a_killed_run_is_lost_and_nothing_else(bench: Bench) -> None:
+    types = "q8_0,tq4,tq4_mse,tq3,tq3_mse,tq2"
+    command = [sys.executable, "-c", "from ggml_tq.cli import app; app()", *bench.args(types)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and (not bench.output.exists() or bench.output.stat().st_size == 0):
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = bench.records()
+    assert len(before) >= 1
+    after = bench.run(types)
+    assert after[: len(before)] == before
+    assert [str(r.pair) for r in after] == types.split(",")
+
+
+def test_interrupted_programs_end(bench: Bench) -> None:
+    """SIGTERM ends the command, and the llama-perplexity that it runs, and leaves no partial logits."""
+    command = [
+        sys.executable,
+        "-c",
+        "from ggml_tq.cli import app; app()",
+        *bench.args("tq4,tq3,tq2", "--path", "decode"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(bench.cache.glob("*.partial")):
+        time.sleep(0.005)
+    process.terminate()
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert err.strip().splitlines()[-1] == "error: interrupted; the results so far are recorded"
+    assert not list(bench.cache.glob("*.partial"))
+
+
+def test_a_half_written_line_is_dropped(bench: Bench) -> None:
+    bench.run("tq4,tq3")
+    whole = bench.output.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole)):  # killed after any byte
+        bench.output.write_bytes(whole[:end])
+        records, half = Store(bench.output).read()
+        assert [str(r.pair) for r in records] == ["tq4"]
+        assert (half is not None) == (end > first)
+    result = bench.invoke("tq4,tq3")
+    assert "dropped a half-written last line" in result.stderr
+    assert bench.output.read_bytes()[:first] == whole[:first]
+    assert [str(r.pair) for r in bench.records()] == ["tq4", "tq3"]
+
+
+def test_a_damaged_line_is_not_dropped(bench: Bench) -> None:
+    bench.run("tq4,tq3")
+    whole = bench.output.read_text()
+    for damaged in ("x" + whole, whole.replace('"schema": 1', '"schema": 99', 1), whole.replace('"figures"', '"f"', 1)):
+        bench.output.write_text(damaged)
+        bench.refuses("line 1: ", "tq2")
+        assert bench.output.read_text() == damaged
+
+
+def test_two_writers(tmp_path: Path, record: Record) -> None:
+    """Each takes the other's records as they are."""
+    a, b = Store(tmp_path / "x.jsonl"), Store(tmp_path / "x.jsonl")
+    for store, k in ((a, "tq4"), (b, "tq3"), (a, "tq2")):
+        store.append(dataclasses.replace(record, pair=Pair(k, k)))
+    assert [r.pair.k for r in a.read()[0]] == ["tq4", "tq3", "tq2"]
+
+
+def test_records_survive_the_file(tmp_path: Path, record: Record) -> None:
+    store = Store(tmp_path / "x.jsonl")
+    broken = dataclasses.replace(record, figures={**record.figures, "kld": (None, None)})
+    store.append(record)
+    store.append(broken)
+    assert store.read() == ([record, broken], None)
+
+
+def test_not_a_number_is_kept_as_such(record: Record) -> None:
+    """What a broken type prints is a result: a table shows it."""
+    log = "".join(
+        f"{line}\n"
+        for line in (
+            "Mean PPL(Q)                   :        nan ±       -nan",
+            "Mean PPL(base)                :  15.824268 ±   0.684622",
+            "Mean PPL(Q)/PPL(base)         :        nan ±       -nan",
+            "Mean    KLD:        inf ±       -nan",
+            "Maximum KLD:        inf",
+            "99.9%   KLD:  12.000000",
+            "99.0%   KLD:  11.000000",
+            "Median  KLD:   0.100000",
+            "Same top p: 50.000 ± 1.000 %",
+        )
+    )
+    figures = perplexity.figures(log)
+    assert figures["kld"] == figures["ppl"] == figures["ppl_ratio"] == (None, None)
+    assert figures["ppl_f16"] == (15.824268, 0.684622)
+    assert "not finite" in report.tables([dataclasses.replace(record, figures=figures)])
+    with pytest.raises(EvalError, match="no result"):
+        perplexity.figures(log.replace("Median", "Modal"))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("binary_sha256", "0" * 64),
+        ("threads", 1),
+        ("cpu", "another"),
+        ("gpu", "another"),
+        ("flags", ("-fa", "off")),
+    ],
+)
+def test_results_of_other_settings_are_not_compared(tmp_path: Path, record: Record, name: str, other: object) -> None:
+    store, output = Store(tmp_path / "x.jsonl"), tmp_path / "x.md"
+    store.append(record)
+    store.append(with_settings(dataclasses.replace(record, pair=Pair("q8_0", "q8_0")), **{name: other}))
+    result = CliRunner().invoke(app, ["report", str(store.path), "-o", str(output)])
+    assert result.exit_code == 1
+    assert f"cannot be compared: {name} (" in result.stderr
+    assert not output.exists()
+    if name == "binary_sha256":
+        arguments = ["report", str(store.path), "-o", str(output), "--binary", record.settings.binary_sha256[:8]]
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+        assert "tq3_qjl / tq3_mse" in output.read_text()
+        assert "q8_0" not in output.read_text().partition("| K / V")[2]
+
+
+def test_contradicting_results_are_refused(record: Record) -> None:
+    other = dataclasses.replace(record, figures={**record.figures, "kld": (1.0, 0.1)})
+    assert len(report.groups([record, record])[0]) == 1
+    with pytest.raises(EvalError, match="two different results"):
+        report.groups([record, other])
+
+
+def test_report(bench: Bench, tmp_path: Path) -> None:
+    bench.run("f16,q8_0,q4_0,tq3,q8_0/tq3", "--path", "batched", "--path", "decode")
+    bench.run("f16,q8_0,q4_0,tq3,q8_0/tq3", "--chunks", 1, "-c", 512)
+    output, readme = tmp_path / "docs" / "quality.md", tmp_path / "README.md"
+    readme.write_text("before\n<!-- quality -->\nold\n<!-- /quality -->\nafter\n")
+    command = ["report", str(bench.output), "-o", str(output), "--readme", str(readme)]
+    seen = []
+    for _ in range(2):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        seen.append({p.name: p.read_bytes() for p in (*output.parent.iterdir(), readme)})
+    assert seen[0] == seen[1]
+    name = bench.model.stem
+    plots = [f"quality-{name}-256.svg", f"quality-{name}-512.svg", f"quality-{name}-context.svg"]
+    assert sorted(seen[0]) == sorted(["README.md", "quality.md", *plots])
+    text = output.read_text()
+    assert all(f"]({plot})" in text for plot in plots)
+    for r in bench.records():
+        assert f"| {r.cache.k} / {r.cache.v} | {r.path} | {r.cache.bits:.2f} | {r.value('ppl'):.3f} |" in text
+        assert report.plus_minus(r, "kld", 5) in text
+    compact = readme.read_text()
+    assert compact.startswith("before\n<!-- quality -->\nMean KL divergence")
+    assert compact.endswith("(docs/quality.md).\n<!-- /quality -->\nafter\n")
+    assert compact.count("\n| ") == 1 + 5  # heading, and one row a pair
+    readme.write_text("nothing marked\n")
+    assert CliRunner().invoke(app, command).exit_code == 1
+    assert readme.read_text() == "nothing marked\n"
+
+
+def test_the_frontier_is_what_nothing_beats() -> None:
+    points = [(8.5, 0.004), (4.5, 0.04), (4.25, 0.03), (3.25, 0.2), (3.5, 0.3)]
+    assert report._frontier(points) == [(3.25, 0.2), (4.25, 0.03), (8.5, 0.004)]
+
+
+def test_pairs() -> None:
+    assert str(Pair.parse("tq3")) == "tq3"
+    assert Pair.parse(" q8_0/tq3 ") == Pair("q8_0", "tq3")
+    for wrong in ("", "/tq3", "tq3/", "a/b/c"):
+        with pytest.raises(EvalError, match="no pair"):
+            Pair.parse(wrong)
+
+
+def test_the_long_matrix_is_complete(tmp_path: Path) -> None:
+    plans = matrix.long_matrix(tmp_path)
+    assert len({p.model for p in plans}) == 4
+    for model in {p.model for p in plans}:
+        of = [p for p in plans if p.model == model]
+        batched = {(str(pair), c) for p in of if p.paths == ("batched",) for pair in p.pairs for c in p.contexts}
+        wanted = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "tq4", "tq3", "tq2", "q8_0/tq3", "tq4/tq3")
+        assert {(t, c) for t in wanted for c in (2048, 8192)} <= batched
+        assert any(p.paths == ("decode",) for p in of)
+    assert all(p.chunks(c) * c >= 20_000 for p in plans for c in p.contexts)

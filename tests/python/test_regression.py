@@ -1,0 +1,129 @@
+"""Divergence of the cache types from f16, bounded by a committed baseline, on both paths through attention.
+
+The text and the models are fixed, so a run differs from the baseline only by rounding between processors; the bound
+is three standard errors of the baseline. It holds in both directions: a type that is suddenly better is not the type
+that was measured. After a change that is meant to change the numbers, write the baseline anew and commit it:
+
+    GGML_TQ_WRITE_BASELINE=1 .venv/bin/pytest tests/python/test_regression.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROSE, Divergence
+from random_models import Llama
+
+from ggml_tq import metadata
+from ggml_tq.cache_types import TYPES
+from ggml_tq.eval.runs import PATHS, Figure, Pair, PathKind
+from ggml_tq.params import DEFAULT, Params, Quantizer
+
+BASELINE = Path(__file__).parents[1] / "data" / "kld_baseline.json"
+WRITE = os.environ.get("GGML_TQ_WRITE_BASELINE") == "1"
+SIGMAS = 3
+
+OURS = ("tq4", "tq4_mse", "tq3", "tq3_mse", "tq2", "tq2_mse")
+# q4_0 has nothing of ours: if it moves, the measurement has
+RUNS: dict[str, dict[PathKind, tuple[str, ...]]] = {
+    "smollm2": {"batched": ("q4_0", *OURS[:-1]), "decode": ("tq3",)},  # head dim 64; seconds a run
+    "random-128": dict.fromkeys(PATHS, ("q4_0", *OURS, "q8_0/tq3", "tq4/tq3")),  # head dim 128
+}
+SIZES = {"smollm2": (512, 1), "random-128": (512, 3)}  # context and chunks
+CASES = [(model, pair, path) for model, paths in RUNS.items() for path, pairs in paths.items() for pair in pairs]
+BOTH = [(model, pair) for model, paths in RUNS.items() for pair in paths["decode"]]
+TEXT = hashlib.sha256((PROSE * 2).encode()).hexdigest()
+
+
+@dataclass
+class Measure:
+    """Results of this session, each measured once."""
+
+    divergence: Divergence
+    models: dict[str, Path]
+    found: dict[tuple[str, str, PathKind], dict[str, Figure]] = field(default_factory=dict)
+
+    def __call__(self, model: str, pair: str, path: PathKind) -> tuple[float, float]:
+        """Mean KLD and its standard error."""
+        if (model, pair, path) not in self.found:
+            self.found[model, pair, path] = self.run(self.models[model], model, pair, path)
+        value, error = self.found[model, pair, path]["kld"]
+        assert value is not None, f"{model}, {pair}, {path}: not finite"
+        return value, error or 0
+
+    def run(self, file: Path, model: str, pair: str, path: PathKind) -> dict[str, Figure]:
+        parsed = Pair.parse(pair)
+        ctx, chunks = SIZES[model]
+        return self.divergence.figures(file, (parsed.k, parsed.v), ctx=ctx, chunks=chunks, path=path)
+
+
+@pytest.fixture(scope="module")
+def measure(divergence: Divergence, smollm2: Path, random_model: Callable[[object], Path]) -> Iterator[Measure]:
+    measured = Measure(divergence, {"smollm2": smollm2, "random-128": random_model(Llama(128))})
+    yield measured
+    if WRITE:
+        lines = {f"{m} {pair} {path}": measured(m, pair, path) for m, pair, path in CASES}
+        BASELINE.parent.mkdir(parents=True, exist_ok=True)
+        BASELINE.write_text(json.dumps({"text_sha256": TEXT, "kld": lines}, indent=1) + "\n")
+
+
+@pytest.fixture(scope="module")
+def baseline() -> dict[str, Any]:
+    if WRITE:
+        pytest.skip("writing the baseline")
+    data: dict[str, Any] = json.loads(BASELINE.read_text())
+    assert data["text_sha256"] == TEXT, "the baseline is of another text: write it anew"
+    return data["kld"]
+
+
+def deviation(measured: tuple[float, float], expected: tuple[float, float]) -> float:
+    """In standard errors of the baseline."""
+    return (measured[0] - expected[0]) / expected[1]
+
+
+@pytest.mark.parametrize(("model", "pair", "path"), CASES)
+def test_divergence(measure: Measure, baseline: dict[str, Any], model: str, pair: str, path: PathKind) -> None:
+    off = deviation(measure(model, pair, path), baseline[f"{model} {pair} {path}"])
+    assert abs(off) <= SIGMAS, f"{off:+.1f} standard errors from the baseline"
+
+
+@pytest.mark.parametrize(("model", "pair"), BOTH)
+def test_decode_agrees_with_batches(measure: Measure, model: str, pair: str) -> None:
+    """Both paths read the same packed bytes; only rounding differs, which is far below the error of sampling."""
+    batched, decode = (measure(model, pair, path) for path in PATHS)
+    assert abs(deviation(decode, batched)) <= 0.5
+
+
+@pytest.mark.parametrize("model", RUNS)
+def test_more_bits_are_better(measure: Measure, model: str) -> None:
+    for kind in ("", "_mse"):
+        names = [f"tq{bits}{kind}" for bits in (4, 3, 2)]
+        kld = [measure(model, name, "batched")[0] for name in names if name in RUNS[model]["batched"]]
+        assert kld == sorted(kld)
+
+
+def moved_centroid(name: str) -> Params:
+    """The built-in parameters with the smallest positive centroid of a type half way to the next, or 1.5 times it."""
+    quantizer = DEFAULT.quantizers[name]
+    c = quantizer.centroids.copy()
+    i = len(c) // 2
+    c[i] += (c[i + 1] - c[i]) / 2 if i + 1 < len(c) else c[i] / 2
+    return Params(quantizers={**DEFAULT.quantizers, name: Quantizer(c, quantizer.kappa)})
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_moved_centroid_is_noticed(measure: Measure, baseline: dict[str, Any], tmp_path: Path, name: str) -> None:
+    """The bounds are tight enough to fail when one centroid of a codebook is wrong (measured: by 3.9 to 23 errors)."""
+    broken = tmp_path / "broken.gguf"
+    metadata.stamp(measure.models["random-128"], broken, moved_centroid(name))
+    pair = name.removesuffix("_qjl")  # tqN: keys of tqN_qjl
+    kld = measure.run(broken, "random-128", pair, "batched")["kld"][0]
+    assert kld is not None
+    assert deviation((kld, 0), baseline[f"random-128 {pair} batched"]) > SIGMAS
