@@ -148,6 +148,16 @@ def test_recorded_runs_are_skipped(bench: Bench) -> None:
     assert len(bench.records()) == 3
 
 
+def test_logits_can_be_deleted(bench: Bench) -> None:
+    bench.run("tq4,tq3", "-c", 256, "-c", 512, "--no-keep-base")
+    assert len(bench.records()) == 4
+    assert not list(bench.cache.iterdir())
+    bench.run("tq4", "--keep-base")
+    assert not list(bench.cache.iterdir())  # nothing was to be done
+    bench.run("tq2", "--keep-base")
+    assert bench.logits().is_file()
+
+
 def _flip(path: Path) -> None:
     with path.open("r+b") as f:
         f.seek(path.stat().st_size // 2)
@@ -377,7 +387,7 @@ def test_report(bench: Bench, tmp_path: Path) -> None:
     compact = readme.read_text()
     assert compact.startswith("before\n<!-- quality -->\nMean KL divergence")
     assert compact.endswith("(docs/quality.md).\n<!-- /quality -->\nafter\n")
-    assert compact.count("\n| ") == 1 + 5  # heading, and one row a pair
+    assert compact.count("\n| ") == 1 + 4  # heading, and one row a pair but f16
     readme.write_text("nothing marked\n")
     assert CliRunner().invoke(app, command).exit_code == 1
     assert readme.read_text() == "nothing marked\n"

@@ -73,20 +73,16 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _offer_to_delete(bases: perplexity.BaseCache, session: Session, plans: Sequence[Plan], keep: bool | None) -> None:
-    settings = {s.key(): s for p in plans for s in (session.settings(p, c) for c in p.contexts)}
-    present = [s for s in settings.values() if bases.path(s).is_file()]
+def _offer_to_delete(bases: perplexity.BaseCache, jobs: Sequence[matrix.Job]) -> None:
+    present = [s for s in {job.settings for job in jobs} if bases.path(s).is_file()]
     size = sum(bases.path(s).stat().st_size for s in present) / 1e9
-    if not present or keep:
+    if not present:
         return
-    if keep is None:
-        if not sys.stdin.isatty():
-            bases.say(f"{size:.2f} GB of f16 logits are kept in {bases.folder} (--no-keep-base deletes them)")
-            return
-        if not typer.confirm(f"Delete {size:.2f} GB of f16 logits in {bases.folder}?", err=True):
-            return
-    for s in present:
-        bases.drop(s)
+    if not sys.stdin.isatty():
+        bases.say(f"{size:.2f} GB of f16 logits are kept in {bases.folder} (--no-keep-base deletes them)")
+    elif typer.confirm(f"Delete {size:.2f} GB of f16 logits in {bases.folder}?", err=True):
+        for s in present:
+            bases.drop(s)
 
 
 @app.command("eval")
@@ -121,7 +117,7 @@ def evaluate(
         typer.Option("--cache-dir", help="Where f16 logits are kept. (default: eval-cache beside the models)"),
     ] = None,
     keep_base: Annotated[
-        bool | None, typer.Option(help="Keep the f16 logits, or delete them when done. (default: ask on a terminal)")
+        bool | None, typer.Option(help="Keep the f16 logits, or delete them once they are done with. (default: ask)")
     ] = None,
     build: Annotated[str, typer.Option("--build", help="What to record of the build, such as its commit.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON lines.")] = False,
@@ -160,7 +156,8 @@ def evaluate(
         )
         store = Store(output)
         program = perplexity.Program(bin_dir or _bin_dir())
-        session = Session(program, store, bases, threads, runs.source(program.version(), build))
+        source = runs.source(program.version(), build)
+        session = Session(program, store, bases, threads, source, keep_bases=keep_base is not False)
         jobs = session.jobs(plans)
         recorded, half = store.read()
         if half is not None:
@@ -172,7 +169,7 @@ def evaluate(
             session.on_start, session.on_progress = display.start, display.advance
             session.on_record = display.record
             with display.progress:
-                session.run(missing)
+                session.run(jobs)
         keys = {j.key for j in jobs}
         results = [r for r in store.read()[0] if r.key in keys]
         if as_json:
@@ -180,7 +177,8 @@ def evaluate(
                 typer.echo(json.dumps(r.to_json()))
         else:
             typer.echo(report.tables(results), nl=False)
-        _offer_to_delete(bases, session, plans, keep_base)
+        if keep_base is None:
+            _offer_to_delete(bases, jobs)
     except EvalError as e:
         raise fail(e) from e
     except KeyboardInterrupt as e:

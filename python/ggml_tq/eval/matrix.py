@@ -88,6 +88,7 @@ class Session:
     bases: perplexity.BaseCache
     threads: int
     source: runs.Json
+    keep_bases: bool = True
     on_start: Callable[[str, float], None] = lambda _name, _cost: None  # what it is, and its cost
     on_progress: Callable[[float], None] = lambda _cost: None  # cost of the part of it that is done
     on_record: Callable[[Record], None] = lambda _: None
@@ -129,9 +130,11 @@ class Session:
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Do what is not in the store yet; each result is in the store before the next run begins."""
-        for job in jobs:
+        for n, job in enumerate(jobs):
             if job.key not in {r.key for r in self.store.read()[0]}:
                 self.on_record(self._run(job))
+            if not self.keep_bases and job.settings not in {later.settings for later in jobs[n + 1 :]}:
+                self.bases.drop(job.settings)  # gigabytes
 
     def _run(self, job: Job) -> Record:
         s, plan = job.settings, job.plan

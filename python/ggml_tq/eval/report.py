@@ -134,7 +134,8 @@ def compact(records: Iterable[Record]) -> str:
     rows: dict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
     for i, column in enumerate(columns):
         for r in column:
-            rows[r.cache.k, r.cache.v][i] = r
+            if r.cache.bits < 16:
+                rows[r.cache.k, r.cache.v][i] = r
     heads = [f"{_short_name(c[0].settings.model)}, {c[0].settings.context} tokens" for c in columns]
     lines = [f"| K / V | bits a value | {' | '.join(heads)} |", "|---|--:|" + "--:|" * len(columns)]
     for (k, v), cells in sorted(rows.items(), key=lambda row: -next(iter(row[1].values())).cache.bits):
@@ -192,7 +193,16 @@ def plot_pareto(group: Group, path: Path) -> bool:
             errors = [r.error("kld") or 0.0 for _, r in of]
             axes.errorbar(xs, ys, yerr=errors, fmt=marker, color=colour, ms=5, label=label)
         for (x, y), r in of:
-            axes.annotate(str(r.pair), (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour)
+            left = n == 0  # of the point, so that names of the two families do not meet
+            axes.annotate(
+                str(r.pair),
+                (x, y),
+                xytext=(-5 if left else 5, -3),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=7,
+                color=colour,
+            )
     axes.set(xlabel="bits a value", ylabel="mean KL divergence to f16", yscale="log")
     axes.set_title(f"{_short_name(group[0].settings.model)}, {group[0].settings.context} tokens", fontsize=10)
     axes.grid(alpha=0.3)
@@ -208,6 +218,7 @@ def _without_sizes(flags: Sequence[str]) -> list[str]:
 
 def plot_context(model_groups: Sequence[Group], path: Path) -> bool:
     """Mean KLD over context length of one model; False where fewer than two contexts are recorded alike."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     first = model_groups[0][0].settings
@@ -230,12 +241,14 @@ def plot_context(model_groups: Sequence[Group], path: Path) -> bool:
         return False
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
+    axes.set_prop_cycle(color=[mpl.colormaps["tab20"](i) for i in range(20)])
     for name, rs in lines.items():
         contexts, values = [r.settings.context for r in rs], [r.value("kld") or 0.0 for r in rs]
         axes.errorbar(contexts, values, yerr=[r.error("kld") or 0.0 for r in rs], marker="o", ms=4, lw=1, label=name)
     ticks = sorted({r.settings.context for rs in lines.values() for r in rs})
     axes.set(xlabel="context, tokens", ylabel="mean KL divergence to f16", xscale="log", yscale="log")
     axes.set_xticks(ticks, [str(t) for t in ticks], minor=False)
+    axes.minorticks_off()
     axes.set_title(_short_name(first.model), fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -261,6 +274,7 @@ def update_readme(file: Path, text: str) -> None:
 def write(records: Sequence[Record], output: Path, inputs: Sequence[Path], readme: Path | None = None) -> None:
     """Write the report to `output`, plots beside it, and the compact table into `readme`.
 
+    Plots of `ggml-tq study` and of retrieval that are beside it are shown as they are (study*.svg, retrieval*.svg).
     Raises EvalError, before anything is written, where results are missing or cannot be compared.
     """
     import matplotlib as mpl
@@ -287,6 +301,10 @@ def write(records: Sequence[Record], output: Path, inputs: Sequence[Path], readm
             plot = output.with_name(f"{output.stem}-{name}-context.svg")
             if plot_context(model_groups, plot):
                 parts.append(f"![context length and mean KLD]({plot.name})\n")
+    for title, stem in (("Error a layer", "study"), ("Retrieval", "retrieval")):
+        pictures = sorted(p.name for p in output.parent.glob(f"{stem}*.svg"))
+        if pictures:
+            parts.append(f"## {title}\n\n" + "".join(f"![{Path(p).stem}]({p})\n" for p in pictures))
     _replace(output, "\n".join(parts))
     if readme:
         update_readme(readme, f"{short}\nAll figures: [{output.name}]({os.path.relpath(output, readme.parent)}).\n")
