@@ -171,7 +171,8 @@ class Rotated:
         if x.shape[-1] % block:
             raise ValueError(f"shape {tuple(x.shape)}: {block} must divide the length of a vector")
         rotation = Rotation(block, self.kind, self.seed)
-        y = rotation.forward(xp.reshape(x, (*x.shape[:-1], -1, block)))
+        blocks = (*x.shape[:-1], x.shape[-1] // block, block)
+        y = rotation.forward(xp.reshape(x, blocks))
         y = self.inner.reconstruct(xp.reshape(y, x.shape))
-        y = rotation.inverse(xp.reshape(y, (*x.shape[:-1], -1, block)))
+        y = rotation.inverse(xp.reshape(y, blocks))
         return xp.astype(xp.reshape(y, x.shape), x.dtype)

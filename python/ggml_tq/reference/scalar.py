@@ -1,7 +1,8 @@
 """Uniform scalar quantization by the largest magnitude of a group: the baselines.
 
 ``Q4_0`` and ``Q8_0`` are the rules of upstream's quantize_row_q4_0_ref and quantize_row_q8_0_ref
-(ggml/src/ggml-quants.c) in binary32 without fused multiply-add, bit for bit, their binary16 scales included.
+(ggml/src/ggml-quants.c) bit for bit, their binary16 scales included: in binary32, every operation rounded. Where a
+compiler fuses the multiplication and the addition of q4_0, one value in some millions is a tie that rounds otherwise.
 """
 
 from __future__ import annotations
