@@ -26,7 +26,8 @@ RESULTS = Path("docs/results/quality.jsonl")
 REPORT = RESULTS.with_suffix(".md")
 
 
-def _bin_dir() -> Path:
+def default_bin_dir() -> Path:
+    """Folder of the programs: $GGML_TQ_BUILD/bin, or build/bin."""
     return Path(os.environ.get("GGML_TQ_BUILD") or "build") / "bin"
 
 
@@ -69,7 +70,8 @@ def _paths(names: Sequence[str]) -> tuple[PathKind, ...]:
     return found
 
 
-def _stop(_signal: int, _frame: FrameType | None) -> None:
+def stop(_signal: int, _frame: FrameType | None) -> None:
+    """Handler of SIGTERM: ends as Ctrl-C does, with the programs that were started."""
     raise KeyboardInterrupt
 
 
@@ -91,7 +93,7 @@ def evaluate(
     texts: Annotated[list[Path] | None, typer.Option("-f", "--text", help="Plain texts.")] = None,
     types: Annotated[
         str, typer.Option("--types", help="Cache types, separated by commas; K/V where they differ.")
-    ] = ",".join(("f16", *matrix.UPSTREAM, *matrix.OURS)),
+    ] = ",".join(("bf16", *matrix.UPSTREAM, *matrix.OURS)),
     contexts: Annotated[
         list[int] | None, typer.Option("-c", "--context", help="Tokens a chunk. (default: 2048)")
     ] = None,
@@ -128,7 +130,7 @@ def evaluate(
     text, program, threads, flags, processor) are skipped, so an interrupted command goes on where it was.
     """
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         folder = data.data_dir()
         if long_matrix:
@@ -155,7 +157,7 @@ def evaluate(
             lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
         )
         store = Store(output)
-        program = perplexity.Program(bin_dir or _bin_dir())
+        program = perplexity.Program(bin_dir or default_bin_dir())
         source = runs.source(program.version(), build)
         session = Session(program, store, bases, threads, source, keep_bases=keep_base is not False)
         jobs = session.jobs(plans)

@@ -12,8 +12,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ggml_tq.eval.runs import EvalError, Record, check_comparable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # slow to import
 
 Group = list[Record]
 
@@ -26,7 +30,9 @@ _INTRO = """\
 
 Perplexity and KL divergence to the f16 cache of the same program, measured by its own `llama-perplexity`: the second
 half of each chunk is scored. `batched` computes up to 512 tokens at once, `decode` one at a time, as text is generated.
-Both are compared with logits of batched f16, so the f16 row of `decode` shows how far the paths themselves differ.
+Both are compared with logits of batched f16. The floor is not 0: bf16 (upstream computes it without its tiled kernel), or
+f16 on the path `decode`, differ from it only by rounding, which the 8-bit activations of quantized models amplify.
+Differences as small as theirs say nothing of a type.
 Upstream's types have upstream's rotation. ± is one standard error, over tokens. Bits a value are the printed size of
 the cache over that of the f16 cache, keys and values together.
 
@@ -134,9 +140,9 @@ def compact(records: Iterable[Record]) -> str:
     rows: dict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
     for i, column in enumerate(columns):
         for r in column:
-            if r.cache.bits < 16:
+            if (r.cache.k, r.cache.v) != ("f16", "f16"):  # 0
                 rows[r.cache.k, r.cache.v][i] = r
-    heads = [f"{_short_name(c[0].settings.model)}, {c[0].settings.context} tokens" for c in columns]
+    heads = [f"{short_name(c[0].settings.model)}, {c[0].settings.context} tokens" for c in columns]
     lines = [f"| K / V | bits a value | {' | '.join(heads)} |", "|---|--:|" + "--:|" * len(columns)]
     for (k, v), cells in sorted(rows.items(), key=lambda row: -next(iter(row[1].values())).cache.bits):
         bits = next(iter(cells.values())).cache.bits
@@ -147,7 +153,7 @@ def compact(records: Iterable[Record]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
-def _short_name(file: str) -> str:
+def short_name(file: str) -> str:
     """A model's name without its quantization and ending."""
     return re.sub(r"[-.]q\d[\w]*$", "", file.removesuffix(".gguf"), flags=re.I)
 
@@ -169,9 +175,13 @@ def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     return best
 
 
-def _save(figure: object, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write an SVG file: the same one for the same numbers."""
+    import matplotlib as mpl
+
     scratch = path.with_suffix(".partial")
-    figure.savefig(scratch, format="svg", metadata={"Date": None}, bbox_inches="tight")  # type: ignore[attr-defined]
+    with mpl.rc_context({"svg.hashsalt": "ggml-tq", "svg.fonttype": "none"}):
+        figure.savefig(scratch, format="svg", metadata={"Date": None}, bbox_inches="tight")
     scratch.replace(path)
 
 
@@ -204,10 +214,10 @@ def plot_pareto(group: Group, path: Path) -> bool:
                 color=colour,
             )
     axes.set(xlabel="bits a value", ylabel="mean KL divergence to f16", yscale="log")
-    axes.set_title(f"{_short_name(group[0].settings.model)}, {group[0].settings.context} tokens", fontsize=10)
+    axes.set_title(f"{short_name(group[0].settings.model)}, {group[0].settings.context} tokens", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -249,14 +259,15 @@ def plot_context(model_groups: Sequence[Group], path: Path) -> bool:
     axes.set(xlabel="context, tokens", ylabel="mean KL divergence to f16", xscale="log", yscale="log")
     axes.set_xticks(ticks, [str(t) for t in ticks], minor=False)
     axes.minorticks_off()
-    axes.set_title(_short_name(first.model), fontsize=10)
+    axes.set_title(short_name(first.model), fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file, which is the old one or the whole new one at any time."""
     scratch = path.with_name(path.name + ".partial")
     scratch.write_text(text)
     scratch.replace(path)
@@ -268,7 +279,7 @@ def update_readme(file: Path, text: str) -> None:
     old = file.read_text()
     if not marked.search(old):
         raise EvalError(f"{file} has no <!-- quality --> … <!-- /quality --> lines")
-    _replace(file, marked.sub(lambda m: m[1] + text + m[2], old))
+    replace_file(file, marked.sub(lambda m: m[1] + text + m[2], old))
 
 
 def write(records: Sequence[Record], output: Path, inputs: Sequence[Path], readme: Path | None = None) -> None:
@@ -277,8 +288,6 @@ def write(records: Sequence[Record], output: Path, inputs: Sequence[Path], readm
     Plots of `ggml-tq study` and of retrieval that are beside it are shown as they are (study*.svg, retrieval*.svg).
     Raises EvalError, before anything is written, where results are missing or cannot be compared.
     """
-    import matplotlib as mpl
-
     if not records:
         raise EvalError("no results")
     all_groups = groups(records)
@@ -289,22 +298,20 @@ def write(records: Sequence[Record], output: Path, inputs: Sequence[Path], readm
     by_model: dict[str, list[Group]] = defaultdict(list)
     for group in all_groups:
         by_model[group[0].settings.model_sha256].append(group)
-    # the same picture for the same numbers
-    with mpl.rc_context({"svg.hashsalt": "ggml-tq", "svg.fonttype": "none"}):
-        for model_groups in by_model.values():
-            name = _short_name(model_groups[0][0].settings.model)
-            for group in model_groups:
-                parts.append(_table(group))
-                plot = output.with_name(f"{output.stem}-{name}-{group[0].settings.context}.svg")
-                if plot_pareto(group, plot):
-                    parts.append(f"![bits a value and mean KLD]({plot.name})\n")
-            plot = output.with_name(f"{output.stem}-{name}-context.svg")
-            if plot_context(model_groups, plot):
-                parts.append(f"![context length and mean KLD]({plot.name})\n")
+    for model_groups in by_model.values():
+        name = short_name(model_groups[0][0].settings.model)
+        for group in model_groups:
+            parts.append(_table(group))
+            plot = output.with_name(f"{output.stem}-{name}-{group[0].settings.context}.svg")
+            if plot_pareto(group, plot):
+                parts.append(f"![bits a value and mean KLD]({plot.name})\n")
+        plot = output.with_name(f"{output.stem}-{name}-context.svg")
+        if plot_context(model_groups, plot):
+            parts.append(f"![context length and mean KLD]({plot.name})\n")
     for title, stem in (("Error a layer", "study"), ("Retrieval", "retrieval")):
         pictures = sorted(p.name for p in output.parent.glob(f"{stem}*.svg"))
         if pictures:
             parts.append(f"## {title}\n\n" + "".join(f"![{Path(p).stem}]({p})\n" for p in pictures))
-    _replace(output, "\n".join(parts))
+    replace_file(output, "\n".join(parts))
     if readme:
         update_readme(readme, f"{short}\nAll figures: [{output.name}]({os.path.relpath(output, readme.parent)}).\n")
