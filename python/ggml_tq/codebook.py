@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -177,8 +177,9 @@ def _newton(
     raise ArithmeticError(f"no convergence for {2 * len(c)} levels")
 
 
-def _tanh_sinh(points: int = 129, reach: float = 3.2) -> tuple[Floats, Floats]:
-    """Nodes in (0, 1) and weights of the double exponential rule, exact for algebraic singularities at the ends.
+@cache
+def _tanh_sinh(points: int = 257, reach: float = 5.5) -> tuple[Floats, Floats]:
+    """Nodes in (0, 1] and weights of the double exponential rule, to rounding even for powers of u down to -0.9.
 
     H. Takahasi and M. Mori, Double exponential formulas for numerical integration, 1974.
     """
@@ -198,9 +199,10 @@ def _integrate(f: Callable[[Floats], Floats], edges: Floats) -> Floats:
 def lloyd_max(bits: int, density: Callable[[Floats], Floats], edge: float) -> tuple[Floats, float]:
     """Positive centroids (2^(bits-1),) and mean squared error of the quantizer of least error for ``density``.
 
-    The density is symmetric and given for 0 <= u <= edge, up to a factor, vectorized and positive inside; it may
-    vanish or have an integrable singularity at the ends, but is smooth between them. The centroids are good to 1e-10
-    of the largest one. They are a local optimum, and the only one where the density's positive half is log-concave.
+    The density is symmetric and given for 0 <= u <= edge, up to a factor, vectorized and positive inside. It may
+    vanish at the ends or have a singularity u^p, p >= -0.9, at 0, but is smooth between them. The centroids are good
+    to 1e-10 of the largest one. They are a local optimum, and the only one where the density's positive half is
+    log-concave.
     Raises ValueError for ``bits`` outside 1 to 8 and for a density that is negative, infinite or zero everywhere,
     ArithmeticError where there is no convergence (a density with steps).
     """
@@ -231,11 +233,11 @@ def _support(dim: int | None) -> float:
     return min(marginal(dim).edge, 22.0)
 
 
-@cache
+@lru_cache(maxsize=64)  # callers' functions are not kept for ever
 def solve_weighted(bits: int, dim: int | None = 64, weight: float | Callable[[Floats], Floats] = 0.0) -> Codebook:
     """Codebook of least E[w(U) (U - Q)^2] for ``marginal(dim)``.
 
-    ``weight`` is p > -1 for w(u) = |u|^p, or w itself: a vectorized function of u >= 0, positive inside the
+    ``weight`` is p >= -0.9 for w(u) = |u|^p, or w itself: a vectorized function of u >= 0, positive inside the
     support. ``distortion`` remains the unweighted squared error, which ``kappa`` needs; ``weighted_error`` gives the
     other. Errors and precision are those of ``lloyd_max``, of whose quantizer this is a case.
     """
@@ -259,8 +261,8 @@ def _weight(weight: float | Callable[[Floats], Floats]) -> Callable[[Floats], Fl
     if callable(weight):
         return weight
     power = float(weight)
-    if not power > -1:
-        raise ValueError(f"weight |u|^{power:g}: want a power above -1")
+    if not power >= -0.9:
+        raise ValueError(f"weight |u|^{power:g}: want a power of at least -0.9")
     return lambda u: np.asarray(u**power)
 
 
