@@ -64,8 +64,10 @@ set(ENV{GIT_CEILING_DIRECTORIES} ${CMAKE_BINARY_DIR})
 
 add_subdirectory(${upstream_dir} ${CMAKE_BINARY_DIR}/upstream EXCLUDE_FROM_ALL)
 
+add_subdirectory(ggml-tq/tools)
+
 set(GGML_TQ_PROGRAMS
     llama-cli llama-completion llama-server llama-perplexity llama-bench llama-batched-bench ggml-rpc-server
-    test-backend-ops test-quantize-fns test-save-load-state
-    CACHE STRING "upstream's programs and tests to build")
+    test-backend-ops test-quantize-fns test-save-load-state llama-tq-capture
+    CACHE STRING "the fork's programs and tests to build")
 add_custom_target(fork ALL DEPENDS ${GGML_TQ_PROGRAMS})
