@@ -17,7 +17,7 @@ from ggml_tq.eval.runs import EvalError, Pair, PathKind, Record, Settings, Store
 UPSTREAM = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # each with upstream's rotation
 OURS = ("tq4", "tq4_mse", "tq3", "tq3_mse", "tq2", "tq2_mse")
 MIXED = ("q8_0/tq4", "q8_0/tq3", "q8_0/tq2", "tq4/tq3", "tq4_mse/tq3")
-DECODE = ("f16", "tq4_mse", "tq3", "tq3_mse", "tq2")  # f16: how far the paths themselves differ
+DECODE = ("f16", "tq4_mse", "tq3", "tq3_mse", "tq2")
 TOKENS = 20_000
 
 
@@ -49,8 +49,11 @@ def _plans(
 
 
 def long_matrix(folder: Path) -> list[Plan]:
-    """The four models of ``ggml-tq fetch``, wiki text, contexts 2048 and 8192: what ``make eval`` runs."""
-    every = ("f16", *UPSTREAM, *OURS, *MIXED)
+    """The four models of ``ggml-tq fetch``, wiki text, contexts 2048 and 8192: what ``make eval`` runs.
+
+    bf16, and f16 one token at a time, are the floor: they differ from the base by rounding alone.
+    """
+    every = ("bf16", *UPSTREAM, *OURS, *MIXED)
     contexts = (2048, 8192)
     return [
         plan
