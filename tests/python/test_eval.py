@@ -388,6 +388,10 @@ def test_report(bench: Bench, tmp_path: Path) -> None:
     assert compact.startswith("before\n<!-- quality -->\nMean KL divergence")
     assert compact.endswith("(docs/quality.md).\n<!-- /quality -->\nafter\n")
     assert compact.count("\n| ") == 1 + 4  # heading, and one row a pair but f16
+    for other in ("retrieval-x.svg", "study.png"):
+        (output.parent / other).touch()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert output.read_text().endswith("(study.png)\n\n## Retrieval\n\n![retrieval-x](retrieval-x.svg)\n")
     readme.write_text("nothing marked\n")
     assert CliRunner().invoke(app, command).exit_code == 1
     assert readme.read_text() == "nothing marked\n"

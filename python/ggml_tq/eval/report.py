@@ -285,7 +285,7 @@ def update_readme(file: Path, text: str) -> None:
 def write(records: Sequence[Record], output: Path, inputs: Sequence[Path], readme: Path | None = None) -> None:
     """Write the report to `output`, plots beside it, and the compact table into `readme`.
 
-    Plots of `ggml-tq study` and of retrieval that are beside it are shown as they are (study*.svg, retrieval*.svg).
+    Plots of `ggml-tq study` and of retrieval that are beside it are shown as they are (study*, retrieval*).
     Raises EvalError, before anything is written, where results are missing or cannot be compared.
     """
     if not records:
@@ -309,9 +309,9 @@ def write(records: Sequence[Record], output: Path, inputs: Sequence[Path], readm
         if plot_context(model_groups, plot):
             parts.append(f"![context length and mean KLD]({plot.name})\n")
     for title, stem in (("Error a layer", "study"), ("Retrieval", "retrieval")):
-        pictures = sorted(p.name for p in output.parent.glob(f"{stem}*.svg"))
+        pictures = sorted(p for p in output.parent.glob(f"{stem}*") if p.suffix in (".svg", ".png"))
         if pictures:
-            parts.append(f"## {title}\n\n" + "".join(f"![{Path(p).stem}]({p})\n" for p in pictures))
+            parts.append(f"## {title}\n\n" + "".join(f"![{p.stem}]({p.name})\n" for p in pictures))
     replace_file(output, "\n".join(parts))
     if readme:
         update_readme(readme, f"{short}\nAll figures: [{output.name}]({os.path.relpath(output, readme.parent)}).\n")
