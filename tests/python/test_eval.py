@@ -412,11 +412,18 @@ def test_pairs() -> None:
 
 def test_the_long_matrix_is_complete(tmp_path: Path) -> None:
     plans = matrix.long_matrix(tmp_path)
-    assert len({p.model for p in plans}) == 4
-    for model in {p.model for p in plans}:
-        of = [p for p in plans if p.model == model]
-        batched = {(str(pair), c) for p in of if p.paths == ("batched",) for pair in p.pairs for c in p.contexts}
-        wanted = ("bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "tq4", "tq3", "tq2", "q8_0/tq3", "tq4/tq3")
-        assert {(t, c) for t in wanted for c in (2048, 8192)} <= batched
-        assert any(p.paths == ("decode",) for p in of)
+    models = {p.model for p in plans}
+    assert len(models) == 4
+    wanted = ("bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "tq4", "tq3", "tq2", "q8_0/tq3", "tq4/tq3")
+    for model in models:
+        of = {
+            (str(k), c, path)
+            for p in plans
+            if p.model == model
+            for k in p.pairs
+            for c in p.contexts
+            for path in p.paths
+        }
+        assert {(t, 2048, "batched") for t in wanted} <= of
+        assert {("q8_0", 8192, "batched"), ("tq3", 8192, "batched"), ("tq3", 2048, "decode")} <= of
     assert all(p.chunks(c) * c >= 20_000 for p in plans for c in p.contexts)

@@ -18,6 +18,7 @@ UPSTREAM = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # each with upstr
 OURS = ("tq4", "tq4_mse", "tq3", "tq3_mse", "tq2", "tq2_mse")
 MIXED = ("q8_0/tq4", "q8_0/tq3", "q8_0/tq2", "tq4/tq3", "tq4_mse/tq3")
 DECODE = ("f16", "tq4_mse", "tq3", "tq3_mse", "tq2")
+LONG = ("bf16", "q8_0", "q5_1", "q4_0", "iq4_nl", "tq4_mse", "tq3", "tq3_mse", "q8_0/tq3")
 TOKENS = 20_000
 
 
@@ -37,29 +38,26 @@ class Plan:
         return math.ceil(self.tokens / context)
 
 
-def _plans(
-    folder: Path, model: str, contexts: tuple[int, ...], batched: Sequence[str], decode: Sequence[str]
-) -> list[Plan]:
-    def pairs(names: Sequence[str]) -> tuple[Pair, ...]:
-        return tuple(map(Pair.parse, names))
-
-    files = folder / ASSETS[model].file, folder / ASSETS["wiki"].file
-    plans = [Plan(*files, pairs(batched), (context,)) for context in contexts]
-    return [*plans, Plan(*files, pairs(decode), contexts[:1], ("decode",))]
-
-
 def long_matrix(folder: Path) -> list[Plan]:
-    """The four models of ``ggml-tq fetch``, wiki text, contexts 2048 and 8192: what ``make eval`` runs.
+    """What ``make eval`` runs: the four models of ``ggml-tq fetch`` on wiki text.
 
-    bf16, and f16 one token at a time, are the floor: they differ from the base by rounding alone.
+    Every type at context 2048, some at 8192, and some at 2048 one token at a time. bf16, and f16 one token at a time,
+    are the floor: they differ from the base by rounding alone.
     """
     every = ("bf16", *UPSTREAM, *OURS, *MIXED)
-    contexts = (2048, 8192)
-    return [
-        plan
-        for model in ("smollm2", "gemma3", "qwen05", "qwen15")
-        for plan in _plans(folder, model, contexts, every, DECODE)
-    ]
+    plans = []
+    for name in ("smollm2", "gemma3", "qwen05", "qwen15"):
+        files = folder / ASSETS[name].file, folder / ASSETS["wiki"].file
+        plans += [
+            Plan(*files, _pairs(every), (2048,)),
+            Plan(*files, _pairs(DECODE), (2048,), ("decode",)),
+            Plan(*files, _pairs(LONG), (8192,)),
+        ]
+    return plans
+
+
+def _pairs(names: Sequence[str]) -> tuple[Pair, ...]:
+    return tuple(map(Pair.parse, names))
 
 
 @dataclass(frozen=True)
