@@ -13,7 +13,6 @@ describe the layers (``Layer``) and say which model and text it was.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -29,6 +28,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+
+from ggml_tq.eval.runs import EvalError, sha256
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -230,14 +231,6 @@ def find_program() -> Path:
     raise CaptureError(f"{PROGRAM} is not built: run `make build`, or set GGML_TQ_BUILD to the build directory")
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True)
 class Request:
     """What to record."""
@@ -282,7 +275,10 @@ def capture(
         raise CaptureError(f"{request.output} exists; --force replaces it")
     if not request.output.parent.is_dir():
         raise CaptureError(f"{request.output.parent} is not a directory")
-    hashes = [f"{name}_sha256={sha256(f)}" for name, f in (("model", request.model), ("text", request.text))]
+    try:
+        hashes = [f"{name}_sha256={sha256(f)}" for name, f in (("model", request.model), ("text", request.text))]
+    except EvalError as e:
+        raise CaptureError(str(e)) from e
     meta = [a for h in hashes for a in ("--meta", h)]
 
     # idle threads that spin take the cores from the nodes that are evaluated one by one
