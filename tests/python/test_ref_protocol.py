@@ -13,7 +13,7 @@ from ggml_tq.reference import PAPER_2_5, PAPER_3_5, Drive, PolarQuant, Qjl, Quan
 from ggml_tq.reference import protocol as protocol_module
 
 DIM = 96  # not a power of two
-ALL = {q.name: q for _, q in catalogue(DIM, (1, 4))}
+ALL = {q.name: q for *_, q in catalogue(DIM, (1, 4))}
 EACH = pytest.mark.parametrize("q", ALL.values(), ids=ALL)
 
 # With outliers, so that rounding does not decide which channels they are; float64, so that it decides no index.
@@ -21,7 +21,7 @@ X = unit(24, DIM).reshape(2, 3, 4, DIM).astype(np.float64) * (1 + 3 * (np.arange
 
 
 def test_names_are_distinct() -> None:
-    names = [q.name for _, q in catalogue(64)]
+    names = [q.name for *_, q in catalogue(64)]
     assert len(names) == len(set(names))
 
 
@@ -119,7 +119,7 @@ def test_codes_are_bytes(to: object) -> None:
 
 
 def test_bits() -> None:
-    got = {name: q.bits for name, q in ((q.name, q) for _, q in catalogue(128, (3, 4)))}
+    got = {name: q.bits for name, q in ((q.name, q) for *_, q in catalogue(128, (3, 4)))}
     want = {
         "turboquant_mse-3b": 3 + 16 / 128,
         "eden_unbiased-4b": 4 + 16 / 128,

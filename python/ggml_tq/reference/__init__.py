@@ -4,7 +4,8 @@ Every quantizer has ``name``, ``bits`` and ``reconstruct(x)``: see ``protocol.Qu
 one of each kind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from ggml_tq.reference.eden import Drive, Eden
 from ggml_tq.reference.polar import PolarQuant
@@ -24,6 +25,7 @@ __all__ = [
     "Coder",
     "Drive",
     "Eden",
+    "Entry",
     "PolarQuant",
     "Qjl",
     "Quantizer",
@@ -36,32 +38,37 @@ __all__ = [
 ]
 
 
-def catalogue(dim: int, widths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)) -> Iterator[tuple[str, Quantizer]]:
-    """Every algorithm for vectors of ``dim``, a multiple of 32, at the given widths, as (family, quantizer).
+class Entry(NamedTuple):
+    family: str  # one algorithm over all widths
+    width: int  # bits of its codes, 0 where the algorithm has one size only
+    quantizer: Quantizer
 
-    A family is one algorithm over all widths. Those without a rotation of their own have a Hadamard transform before
-    them. PolarQuant has 2 bits more on level 1, whose angles span four times as much: at width 2 the paper's setting.
+
+def catalogue(dim: int, widths: Iterable[int] = range(1, 9)) -> Iterator[Entry]:
+    """Every algorithm for vectors of ``dim``, a multiple of 32, at each of the given widths.
+
+    Those without a rotation of their own have a Hadamard transform before them. PolarQuant has 2 bits more on level
+    1, whose angles span four times as much (at width 2 the paper's setting), and ends at width 6. The outlier split
+    has one bit more for a quarter of the channels (of 128 at widths 2 and 3 the paper's settings), and ends at 7.
     """
     for b in widths:
-        yield "TurboQuant mse", TurboQuantMse(dim, b)
-        yield "EDEN biased", Eden(dim, b, "biased")
-        yield "EDEN matched", Eden(dim, b, "matched")
-        yield "EDEN unbiased", Eden(dim, b, "unbiased")
-        yield "TurboQuant prod, Gaussian S", TurboQuantProd(dim, b, "gaussian")
-        yield "TurboQuant prod, orthogonal S", TurboQuantProd(dim, b, "orthogonal")
-        yield "TurboQuant prod, Hadamard S", TurboQuantProd(dim, b, "hadamard")
-        yield "TurboQuant prod, Hadamard S, least error", TurboQuantProd(dim, b, "hadamard", "least-error")
-        yield "absmax by 32", Rotated(Absmax(b))
-    if 1 in widths:
-        yield "DRIVE biased", Drive(dim, "biased")
-        yield "DRIVE unbiased", Drive(dim, "unbiased")
-        yield "QJL Gaussian", Qjl(dim)
-        yield "QJL Hadamard", Qjl(dim, projection="hadamard")
-        yield "QJL Hadamard, least error", Qjl(dim, projection="hadamard", weight="least-error")
-    for b in widths:
+        yield Entry("TurboQuant mse", b, TurboQuantMse(dim, b))
+        yield Entry("EDEN biased", b, Eden(dim, b, "biased"))
+        yield Entry("EDEN matched", b, Eden(dim, b, "matched"))
+        yield Entry("EDEN unbiased", b, Eden(dim, b, "unbiased"))
+        yield Entry("TurboQuant prod, Gaussian S", b, TurboQuantProd(dim, b, "gaussian"))
+        yield Entry("TurboQuant prod, orthogonal S", b, TurboQuantProd(dim, b, "orthogonal"))
+        yield Entry("TurboQuant prod, Hadamard S", b, TurboQuantProd(dim, b, "hadamard"))
+        yield Entry("TurboQuant prod, Hadamard S, least error", b, TurboQuantProd(dim, b, "hadamard", "least-error"))
+        yield Entry("absmax of 32", b, Rotated(Absmax(b)))
         if b <= 6:
-            yield "PolarQuant", PolarQuant(dim, (b + 2, b, b, b))
-    for b in widths[:-1]:
-        yield "outlier split", TurboQuantSplit(dim, dim // 4, b + 1, b)
-    yield "q4_0", Rotated(Q4_0(), block=min(dim & -dim, 64))
-    yield "q8_0", Rotated(Q8_0(), block=min(dim & -dim, 64))
+            yield Entry("PolarQuant", b, PolarQuant(dim, (b + 2, b, b, b)))
+        if b <= 7:
+            yield Entry("outlier split", b, TurboQuantSplit(dim, dim // 4, b + 1, b))
+    yield Entry("DRIVE biased", 0, Drive(dim, "biased"))
+    yield Entry("DRIVE unbiased", 0, Drive(dim, "unbiased"))
+    yield Entry("QJL Gaussian", 0, Qjl(dim))
+    yield Entry("QJL Hadamard", 0, Qjl(dim, projection="hadamard"))
+    yield Entry("QJL Hadamard, least error", 0, Qjl(dim, projection="hadamard", weight="least-error"))
+    yield Entry("upstream's q4_0", 0, Rotated(Q4_0(), block=min(dim & -dim, 64)))
+    yield Entry("upstream's q8_0", 0, Rotated(Q8_0(), block=min(dim & -dim, 64)))

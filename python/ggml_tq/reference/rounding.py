@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ggml_tq.reference.protocol import Array, constant
 
-FEW = 8  # up to so many thresholds, comparing with each is faster than a binary search
+FEW = 31  # up to so many thresholds, comparing with each is faster than a binary search
 
 
 def nearest(u: Array, thresholds: NDArray[np.float64]) -> Array:
