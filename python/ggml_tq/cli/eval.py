@@ -93,7 +93,7 @@ def evaluate(
     texts: Annotated[list[Path] | None, typer.Option("-f", "--text", help="Plain texts.")] = None,
     types: Annotated[
         str, typer.Option("--types", help="Cache types, separated by commas; K/V where they differ.")
-    ] = ",".join(("bf16", *matrix.UPSTREAM, *matrix.OURS)),
+    ] = ",".join(("f16", "bf16", *matrix.UPSTREAM, *matrix.OURS)),
     contexts: Annotated[
         list[int] | None, typer.Option("-c", "--context", help="Tokens a chunk. (default: 2048)")
     ] = None,

@@ -32,7 +32,8 @@ Perplexity and KL divergence to the f16 cache of the same program, measured by i
 half of each chunk is scored. `batched` computes up to 512 tokens at once, `decode` one at a time, as text is generated.
 Both are compared with logits of batched f16. The floor is not 0: bf16, or f16 on the path `decode`, differ from it only
 by rounding (only batched f16 and f32 have upstream's tiled kernel), which quantized weights amplify, as activations are
-rounded to 8 bits for them. Divergences as small as theirs say nothing of a type.
+rounded to 8 bits for them. Divergences as small as theirs say nothing of a type. Batched f16 itself is off by what the
+program's file of logits loses: 16 bits each, at most 16 below the largest.
 Upstream's types have upstream's rotation. ± is one standard error, over tokens. Bits a value are the printed size of
 the cache over that of the f16 cache, keys and values together.
 
