@@ -105,8 +105,9 @@ def test_damage_stays_visible(q: Quantizer) -> None:
 @EACH
 @BOTH
 def test_refuses(q: Quantizer, to: object) -> None:
-    with pytest.raises(ValueError, match="want"):
-        q.reconstruct(to(np.ones((2, DIM), np.int32)))
+    for bad in (np.ones((2, DIM), np.int32), np.array(1.0)):
+        with pytest.raises(ValueError, match="want"):
+            q.reconstruct(to(bad))
     with pytest.raises(ValueError, match=r"want|must divide|dimension"):
         q.reconstruct(to(np.ones((2, DIM - 1), np.float32)))
 

@@ -52,6 +52,7 @@ class Coder:
 
     def reconstruct(self, x: Array) -> Array:
         xp = array_namespace(x)
+        vectors(x)  # raises for what are none
         flat = xp.reshape(x, (-1, x.shape[-1]))
         step = max(1, CHUNK // max(1, x.shape[-1]))
         parts = [self.decode(self.encode(flat[i : i + step, :])) for i in range(0, max(1, flat.shape[0]), step)]

@@ -167,6 +167,7 @@ class Rotated:
 
     def reconstruct(self, x: Array) -> Array:
         xp = array_namespace(x)
+        vectors(x)  # raises for what are none
         block = self.block or x.shape[-1]
         if x.shape[-1] % block:
             raise ValueError(f"shape {tuple(x.shape)}: {block} must divide the length of a vector")
