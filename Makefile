@@ -10,12 +10,13 @@ CMAKE_ARGS ?=
 export GGML_TQ_BUILD := $(CURDIR)/$(BUILD)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test lint build check-tools fetch sanitize clean
+.PHONY: help run test lint build check-tools fetch eval sanitize clean
 
 help:
 	@echo "make run       set everything up and generate text from a real model with a tq3 cache"
 	@echo "make test      set everything up and run all tests (linters, ctest, pytest)"
 	@echo "make build     the programs only, in $(BUILD)/bin"
+	@echo "make eval      measure quality: four models, every type (a day on two cores; goes on where it was)"
 	@echo "make sanitize  the C tests and a short generation under AddressSanitizer and UBSan"
 	@echo "make clean     remove what was built (keeps models and the fetched source)"
 
@@ -51,6 +52,12 @@ build: $(VENV)/.done
 
 fetch: $(VENV)/.done
 	$(BIN)/ggml-tq fetch smollm2 wiki
+
+# a day on two cores; every result is kept as soon as it is there, and the same command goes on where it was
+eval: build
+	$(BIN)/ggml-tq fetch smollm2 gemma3 qwen05 qwen15 wiki
+	$(BIN)/ggml-tq eval --matrix --no-keep-base
+	$(BIN)/ggml-tq report --readme README.md
 
 sanitize: $(VENV)/.done fetch
 	$(MAKE) build BUILD=build-sanitize CMAKE_ARGS="-DGGML_TQ_SANITIZE=address,undefined -DGGML_OPENMP=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGGML_TQ_PROGRAMS=llama-completion"

@@ -34,7 +34,9 @@ app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="markdown", 
 
 def fail(error: object) -> typer.Exit:
     """Print a one-line error; ``raise fail(e) from e`` ends the command with exit status 1."""
-    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        f"error: {error}", style="red", markup=False, highlight=False, emoji=False, soft_wrap=True
+    )
     return typer.Exit(1)
 
 
