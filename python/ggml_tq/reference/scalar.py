@@ -27,6 +27,12 @@ def _groups(x: Array, group: int) -> Array:
     return xp.reshape(x, (*x.shape[:-1], x.shape[-1] // group, group))
 
 
+def _inverse(d: Array) -> Array:
+    """1/d, and 0 where the binary16 scale is 0: whatever upstream's levels are there, the values are 0."""
+    xp = array_namespace(d)
+    return divide(xp.ones_like(d), xp.where(xp.astype(d, xp.float16) == 0, xp.zeros_like(d), d))
+
+
 def _vectors(groups: Array) -> Array:
     xp = array_namespace(groups)
     return xp.reshape(groups, (*groups.shape[:-2], groups.shape[-2] * groups.shape[-1]))
@@ -71,7 +77,7 @@ class Q8_0(Coder):
         xp = array_namespace(x)
         x = xp.astype(_groups(x, 32), xp.float32)
         d = xp.max(xp.abs(x), axis=-1, keepdims=True) / 127
-        v = x * divide(xp.ones_like(d), d)
+        v = x * _inverse(d)
         whole = xp.trunc(v)  # C's roundf: halves away from 0
         levels = whole + xp.where(xp.abs(v - whole) >= 0.5, xp.sign(v), xp.zeros_like(v))
         return ScalarCode(levels, xp.astype(d, xp.float16))
@@ -93,7 +99,7 @@ class Q4_0(Coder):
         # of equal magnitudes the first counts, with its sign
         where = xp.argmax(xp.abs(x), axis=-1, keepdims=True)
         d = xp.take_along_axis(x, where, axis=-1) / -8
-        v = xp.trunc(x * divide(xp.ones_like(d), d) + 8.5)
+        v = xp.trunc(x * _inverse(d) + 8.5)
         return ScalarCode(xp.clip(v, None, 15) - 8, xp.astype(d, xp.float16))
 
     def decode(self, code: ScalarCode) -> Array:
