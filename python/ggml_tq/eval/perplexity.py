@@ -95,9 +95,14 @@ class Program:
         """Raise EvalError if the program does not take these options; cheap, as it then only prints its version."""
         self.run([*flags, "-ctk", pair.k, "-ctv", pair.v, "--version"])
 
-    def run(self, args: Sequence[object], on_output: Callable[[str], None] = lambda _: None) -> str:
-        """Run to the end and return all it printed. Raises EvalError if it fails."""
-        env = environment() | {"OMP_WAIT_POLICY": "passive"}  # idle threads sleep, for other work shares the cores
+    def run(
+        self, args: Sequence[object], on_output: Callable[[str], None] = lambda _: None, *, share_cores: bool = True
+    ) -> str:
+        """Run to the end and return all it printed. Raises EvalError if it fails.
+
+        With `share_cores` idle threads sleep rather than spin, for other work's sake.
+        """
+        env = environment() | ({"OMP_WAIT_POLICY": "passive"} if share_cores else {})
         process = subprocess.Popen(
             [str(self.path), *map(str, args)],
             stdin=subprocess.DEVNULL,
