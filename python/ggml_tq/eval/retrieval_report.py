@@ -25,7 +25,7 @@ answers for all depths. The chat is the model's own template with the first word
 right answer's tokens in nats, each after those before it; it shows damage long before an answer turns wrong. *vs f16*
 is the difference on the same haystacks. ± is one standard error. A cell's is binomial, at the share (k + ½)/(n + 1) so
 that it is not 0 where all are right. Over depths and lengths it is that of means over haystacks, because the questions
-of one haystack are not independent.
+of one haystack are not independent; for the share the binomial one where that is larger.
 
 Written by `ggml-tq retrieval`; the records behind it, with hashes, seeds and processor, are in {inputs}.
 """
@@ -83,7 +83,9 @@ class Row:
         return [a for a in found if a.depth == depth]
 
     def right(self) -> Estimate:
-        return mean([statistics.fmean(a.correct for a in r.answers) for r in self.records.values()])
+        by_haystack = mean([statistics.fmean(a.correct for a in r.answers) for r in self.records.values()])
+        binomial = share([a.correct for r in self.records.values() for a in r.answers])
+        return Estimate(by_haystack.value, max(binomial.error, by_haystack.error))  # the first where the other is nan
 
     def logprob(self) -> Estimate:
         return mean([statistics.fmean(a.logprob for a in r.answers) for r in self.records.values()])
@@ -166,18 +168,18 @@ def table(group: Group) -> str:
     """Markdown: a row for each pair of types, then the cells by depth."""
     s = group.first.settings
     where = f"{s.cpu}, {s.gpu}" if s.gpu else s.cpu
-    trials = len(group.rows[0].f16) // len(group.lengths)
+    counts = [sum(r.settings.length == n for r in group.rows[0].f16.values()) for n in group.lengths]
+    haystacks = ", ".join(f"{count} haystacks of {n} tokens" for count, n in zip(counts, group.lengths, strict=True))
+    by_length = group.lengths if len(group.lengths) > 1 else ()
     lines = [
         f"## {short_name(group.model)}: {group.task}",
         "",
-        f"{trials} haystacks of each length, {len(group.depths)} questions each, {s.digits} digits, seed {s.seed}"
+        f"{haystacks}, {len(group.depths)} questions each, {s.digits} digits, seed {s.seed}"
         f"{f', from {s.text} (sha256 {s.text_sha256[:8]})' if s.task == 'niah' else ''}. {where}, {s.threads} threads, "
         f"program {s.binary_sha256[:8]}, model {s.model_sha256[:8]}.{_complete(group)}",
         "",
-        "| K / V | cache of f16 | right, % | vs f16 | log p | vs f16 | "
-        + " | ".join(f"vs f16, {n} tokens" for n in group.lengths)
-        + " |",
-        "|---|--:|--:|--:|--:|--:|" + "--:|" * len(group.lengths),
+        "| K / V | cache, ÷ f16 | right, % | vs f16 | log p | vs f16 |" + "".join(f" {n} tokens |" for n in by_length),
+        "|---|--:|--:|--:|--:|--:|" + "--:|" * len(by_length),
     ]
     f16_mib = next(row for row in group.rows if row.records is row.f16).mib
     for row in group.rows:
@@ -190,7 +192,7 @@ def table(group: Group) -> str:
             "" if is_f16 else Estimate(100 * vs.value, 100 * vs.error).show(1, signed=True),
             row.logprob().show(3),
             "" if is_f16 else row.logprob_vs_f16().show(3, signed=True),
-            *("" if is_f16 else _length_cell(row, n) for n in group.lengths),
+            *("" if is_f16 else _length_cell(row, n) for n in by_length),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     for length in group.lengths:
