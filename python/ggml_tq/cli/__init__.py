@@ -1,7 +1,7 @@
 """The ``ggml-tq`` command; one module a group of subcommands, which registers itself on import."""
 
-from ggml_tq.cli import bench, capture, data, distortion, metadata, retrieval, study
+from ggml_tq.cli import bench, capture, data, distortion, metadata, retrieval, study, trellis
 from ggml_tq.cli import eval as eval_
 from ggml_tq.cli.app import app
 
-__all__ = ["app", "bench", "capture", "data", "distortion", "eval_", "metadata", "retrieval", "study"]
+__all__ = ["app", "bench", "capture", "data", "distortion", "eval_", "metadata", "retrieval", "study", "trellis"]

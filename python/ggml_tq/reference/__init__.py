@@ -13,6 +13,7 @@ from ggml_tq.reference.protocol import Array, Coder, Quantizer
 from ggml_tq.reference.qjl import Qjl
 from ggml_tq.reference.rotation import Rotated, Rotation
 from ggml_tq.reference.scalar import Q4_0, Q8_0, Absmax
+from ggml_tq.reference.trellis import Trellis
 from ggml_tq.reference.turboquant import PAPER_2_5, PAPER_3_5, TurboQuantMse, TurboQuantProd, TurboQuantSplit
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Quantizer",
     "Rotated",
     "Rotation",
+    "Trellis",
     "TurboQuantMse",
     "TurboQuantProd",
     "TurboQuantSplit",
@@ -63,6 +65,9 @@ def catalogue(dim: int, widths: Iterable[int] = range(1, 9)) -> Iterator[Entry]:
         yield Entry("absmax of 32", b, Rotated(Absmax(b)))
         if b <= 6:
             yield Entry("PolarQuant", b, PolarQuant(dim, (b + 2, b, b, b)))
+        if 2 <= b <= 4:
+            yield Entry("trellis, 64 levels", b, Trellis(dim, b, f"64x{64 >> b}", block=min(dim & -dim, 64)))
+            yield Entry("trellis, 32 levels", b, Trellis(dim, b, "32x32", block=min(dim & -dim, 64)))
         if b <= 7:
             yield Entry("outlier split", b, TurboQuantSplit(dim, dim // 4, b + 1, b))
     yield Entry("DRIVE biased", 0, Drive(dim, "biased"))
