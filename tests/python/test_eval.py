@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command import Command
 from conftest import REPO, Fork
 from random_models import Gemma3, Llama
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from ggml_tq.cli import app
 from ggml_tq.eval import matrix, perplexity, report, runs
@@ -28,7 +29,7 @@ from ggml_tq.eval.runs import EvalError, Pair, Record, Store
 RandomModel = Callable[[object], Path]
 
 
-class Bench:
+class Bench(Command):
     """`ggml-tq eval` on one model and text in a folder of its own."""
 
     def __init__(self, folder: Path, model: Path, text: Path, bin_dir: Path) -> None:
@@ -41,20 +42,9 @@ class Bench:
         files = ("-m", self.model, "-f", self.text, "-o", self.output, "--cache-dir", self.cache, "--bin", self.bin_dir)
         return [str(x) for x in ("eval", *files, "--types", types, "--chunks", 2, "-t", 2, *more)]
 
-    def invoke(self, types: str, *more: object) -> Result:
-        return CliRunner().invoke(app, self.args(types, *more))
-
     def run(self, types: str, *more: object) -> list[Record]:
-        result = self.invoke(types, *more)
-        assert result.exit_code == 0, result.output
+        self.succeed(types, *more)
         return self.records()
-
-    def refuses(self, message: str, types: str, *more: object) -> None:
-        result = self.invoke(types, *more)
-        assert result.exit_code == 1, result.output
-        error = result.stderr.strip().splitlines()[-1]
-        assert error.startswith("error: ")
-        assert message in error
 
     def records(self) -> list[Record]:
         return Store(self.output).read()[0]
