@@ -19,7 +19,7 @@ from itertools import repeat
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from ggml_tq.codebook import solve
@@ -109,7 +109,7 @@ def fit(u: Array, graph: Graph, levels: Floats, search: int = 1) -> Fit:
     """Encode blocks ``u`` (blocks, dim) of unit mean square, each with its scale of least squared error."""
     xp = array_namespace(u)
     values = levels.reshape(-1, graph.free)
-    labels = xp.asarray(graph.labels(), device=u.device)
+    labels = xp.asarray(graph.labels(), device=device(u))
     best: Array = None
     for m in multiples(search):
         register, w, q = encode_path(u * m, graph, values)
@@ -151,20 +151,24 @@ def mirrored(levels: Floats) -> Floats:
     return np.asarray((levels - levels[::-1]) / 2)
 
 
-def to_numpy(x: Floats) -> Array:
-    return np.asarray(x, dtype=np.float32)
+def arrays_on(where: str) -> Callable[[Floats], Array]:
+    """What makes float32 arrays of NumPy's ("numpy") or on a device of torch ("cpu", "cuda")."""
+    if where == "numpy":
+        return lambda x: np.asarray(x, dtype=np.float32)
+    import torch
+
+    torch.set_num_threads(1)
+    return lambda x: torch.asarray(x.astype(np.float32), device=where)
 
 
 def train(
     graph: Graph,
     settings: Settings = Settings(),
-    to: Callable[[Floats], Array] = to_numpy,
+    where: str = "numpy",
     progress: Callable[[str], None] = lambda line: None,
 ) -> Floats:
-    """Levels (entries,) for coordinates of unit variance.
-
-    ``to`` makes arrays of the kind and on the device that the work is done on.
-    """
+    """Levels (entries,) for coordinates of unit variance. ``where``: see ``arrays_on``."""
+    to = arrays_on(where)
     pool = [to(sphere(settings.blocks, settings.dim, settings.seed * 1000 + i)) for i in range(settings.samples)]
     rng = np.random.default_rng(settings.seed)
     first = start(graph, settings.dim)
@@ -203,23 +207,15 @@ def rounded(graph: Graph, levels: Floats, u: Array, search: int) -> tuple[NDArra
     return whole, unit, distortion
 
 
-def train_code(name: str, settings: Settings, device: str) -> dict[str, Any]:
-    """One of CODES as the table file has it. ``device``: "numpy", or torch's "cpu", "cuda".
+def train_code(name: str, settings: Settings, where: str) -> dict[str, Any]:
+    """One of CODES as the table file has it. ``where``: see ``arrays_on``.
 
     ``distortion`` is measured on blocks that training did not see, with the scale of least squared error: without and
     with a search over 5 multiples, with the bytes and the search, and on blocks of 128.
     """
     graph = CODES[name]
-    to = to_numpy
-    if device != "numpy":
-        import torch
-
-        torch.set_num_threads(1)
-
-        def to(x: Floats) -> Array:
-            return torch.asarray(x.astype(np.float32), device=device)
-
-    levels = train(graph, settings, to)
+    to = arrays_on(where)
+    levels = train(graph, settings, where)
     unseen = to(sphere(settings.blocks, settings.dim, settings.seed * 1000 + 999))
     whole, unit, int8 = rounded(graph, levels, unseen, 5)
     longer = to(sphere(settings.blocks // 2, 2 * settings.dim, settings.seed * 1000 + 998))
@@ -247,7 +243,7 @@ def train_code(name: str, settings: Settings, device: str) -> dict[str, Any]:
 def train_codes(
     names: Sequence[str],
     settings: Settings = Settings(),
-    device: str = "numpy",
+    where: str = "numpy",
     jobs: int = 1,
     progress: Callable[[str, dict[str, Any]], None] = lambda name, table: None,
 ) -> dict[str, Any]:
@@ -257,7 +253,7 @@ def train_codes(
         each: Callable[..., Iterable[dict[str, Any]]] = map
         if jobs > 1:
             each = stack.enter_context(ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))).map
-        for name, table in zip(names, each(train_code, names, repeat(settings), repeat(device)), strict=False):
+        for name, table in zip(names, each(train_code, names, repeat(settings), repeat(where)), strict=False):
             made[name] = table
             progress(name, table)
     return {"settings": asdict(settings), "tables": made}
