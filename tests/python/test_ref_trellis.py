@@ -69,9 +69,10 @@ def test_one_seam_is_nearly_exact(name: str) -> None:
     def error(tail: str) -> np.ndarray:
         return ((X[:150] - encode_path(X[:150], t.graph, t.values(), tail)[2]) ** 2).sum(axis=-1)
 
-    quick, exact = error("wrap"), error("exact")
-    assert np.all(quick >= exact * (1 - 1e-5))  # sums in binary32
+    quick, wide, exact = error("wrap"), error("wide"), error("exact")
+    assert np.all(np.minimum(quick, wide) >= exact * (1 - 1e-5))  # sums in binary32
     assert quick.sum() < exact.sum() * (1.008 if t.graph.states <= 16 else 1.012)
+    assert wide.sum() < exact.sum() * (1.003 if t.graph.states <= 16 else 1.006)
 
 
 def test_blocks_are_circles() -> None:

@@ -39,7 +39,7 @@ Floats = NDArray[np.float64]
 TABLES = "trellis_tables.json"
 AT_A_TIME = 4096  # blocks: one step's arrays fit a processor's cache
 
-Tail = Literal["wrap", "exact"]
+Tail = Literal["wrap", "wide", "exact"]
 
 
 @dataclass(frozen=True)
@@ -182,18 +182,17 @@ def _only(state: Array, graph: Graph, like: Array) -> Array:
     return xp.where(every == state[None, :], zero, zero + xp.inf)
 
 
-def _circular(u: Array, levels: Array, graph: Graph) -> list[Array]:
+def _circular(u: Array, levels: Array, graph: Graph, reach: int) -> list[Array]:
     """Registers of a tail-biting path, nearly always the best one.
 
-    A first run goes once around from the middle of the block with any state at either end. In the middle of that run,
-    where the block begins, its best path has a state that knows the coordinates on both sides. A second run starts
-    and ends in it.
+    A first run goes around the seam, where the block begins, from ``reach`` coordinates before it to as many after it,
+    with any state at either end. At the seam its best path has a state that knows the coordinates on both sides. A
+    second run, over the block, starts and ends in it.
     """
     xp, n = array_namespace(u), u.shape[0]
     free = xp.zeros((graph.states, u.shape[1]), dtype=u.dtype, device=device(u))
-    half = n // 2
-    oldest, cost = _forward(xp.concat([u[half:, :], u[:half, :]]), levels, graph, free)
-    _, seam = _back(oldest[n - half :], xp.argmin(cost, axis=0), graph)
+    oldest, cost = _forward(xp.concat([u[n - reach :, :], u[:reach, :]]), levels, graph, free)
+    _, seam = _back(oldest[reach:], xp.argmin(cost, axis=0), graph)
     oldest, _ = _forward(u, levels, graph, _only(seam, graph, u))
     return _back(oldest, seam, graph)[0]
 
@@ -242,7 +241,11 @@ def encode_path(u: Array, graph: Graph, values: Floats, tail: Tail = "wrap") -> 
     step = AT_A_TIME if "cpu" in str(device(u)) else 16 * AT_A_TIME
     for i in range(0, max(1, u.shape[0]), step):
         v = xp.asarray(xp.matrix_transpose(u[i : i + step, :]), copy=True)  # rows contiguous
-        register = xp.stack((_exact if tail == "exact" else _circular)(v, levels, graph))
+        if tail == "exact":
+            register = xp.stack(_exact(v, levels, graph))
+        else:
+            n = u.shape[1]
+            register = xp.stack(_circular(v, levels, graph, n // 2 if tail == "wrap" else n - n // 4))
         w, q = _nearest(v, levels, labels[register])
         parts.append((xp.matrix_transpose(register), xp.matrix_transpose(w), xp.matrix_transpose(q)))
     register, w, q = (xp.concat([part[k] for part in parts]) for k in range(3))
@@ -274,7 +277,8 @@ class Trellis(Coder):
     """A trellis code over blocks of ``block`` coordinates, each rotated by a Hadamard transform and scaled on its own.
 
     ``code``: a name of ``table``; ``search``: multiples of the block that the encoder tries; ``int8``: with the levels
-    rounded to signed bytes; ``tail``: "exact" tries every state at the seam.
+    rounded to signed bytes; ``tail``: how the state at the seam is found, from half a block on either side ("wrap") or
+    three quarters ("wide"), or by trying every one ("exact").
     """
 
     dim: int
@@ -292,8 +296,8 @@ class Trellis(Coder):
             raise ValueError(f"dimension {self.dim}: blocks of {self.block} must divide it")
         if self.scale not in ("biased", "unbiased", "matched"):
             raise ValueError(f"scale {self.scale!r}: want 'biased', 'unbiased' or 'matched'")
-        if self.tail not in ("wrap", "exact"):
-            raise ValueError(f"tail {self.tail!r}: want 'wrap' or 'exact'")
+        if self.tail not in ("wrap", "wide", "exact"):
+            raise ValueError(f"tail {self.tail!r}: want 'wrap', 'wide' or 'exact'")
         if self.block <= self.table.graph.memory:
             raise ValueError(f"blocks of {self.block}: want more than {self.table.graph.memory} coordinates")
         multiples(self.search)
@@ -304,7 +308,9 @@ class Trellis(Coder):
 
     @property
     def name(self) -> str:
-        options = f"-search{self.search}" * (self.search > 1) + "-int8" * self.int8 + "-exact" * (self.tail == "exact")
+        options = (
+            f"-search{self.search}" * (self.search > 1) + "-int8" * self.int8 + f"-{self.tail}" * (self.tail != "wrap")
+        )
         return f"trellis_{self.code}_{self.scale}-{self.b}b-{self.block}{options}"
 
     @property
