@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Compare trellis codes with scalar ones on captured keys and values: docs/results/study-trellis.json and .md.
+"""Compare trellis codes with scalar ones on captured keys and values.
 
-Each argument is a file of ``ggml-tq capture``. Only rows at equal bytes are compared: blocks of 64 coordinates with one
-binary16 scale, 2.25, 3.25 and 4.25 bits; upstream's types stand beside them. ``--render`` makes the page from the
-recorded figures.
+Each argument is a file of ``ggml-tq capture``. Writes docs/results/study-trellis.json, .md, and the table of
+docs/decisions/0005-trellis-codes.md; ``--seeds`` adds further rotations to recorded figures, ``--render`` makes both
+pages from them. Rows of one width have equal bytes: blocks of 64 coordinates with a binary16 scale; upstream's types
+stand beside them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ import numpy as np
 
 from ggml_tq.capture import load_capture
 from ggml_tq.quantizers import Center, Recipe
+from ggml_tq.reference.trellis import TABLES, table
+from ggml_tq.reference.trellis_training import fit, sphere
 from ggml_tq.study import Study, study
 from ggml_tq.study_report import rows, title
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "study-trellis.json"
+RECORD = RESULTS.parent.parent / "decisions" / "0005-trellis-codes.md"
 WIDTHS = (2, 3, 4)
 CENTERS: tuple[Center, ...] = ("none", "mean", "rope")
 SMALL = {2: "8x8", 3: "16x8", 4: "32x8"}  # Ungerboeck's labels, the least levels
@@ -64,8 +69,16 @@ CODES = {
     ),
 }
 EVERY_CENTER = ("QJL (`tq{b}_qjl`)", "Lloyd-Max, unbiased", "trellis 32x32, search")
+RANKED = [label for label, (key, _) in CODES.items() if key.startswith("Trellis") and "scale" not in key]
+SEEDS = (1, 2, 3)  # of rotations beside the default one
 LONGER = "trellis 32x32, search, block 128"  # where the head dim has room for it: 0.125 bits less
 UPSTREAM = ("q4_0", "q4_0-norot", "q8_0")
+
+
+def _short(x: object) -> object:
+    if isinstance(x, float):
+        return float(f"{x:.5g}") if np.isfinite(x) else None  # as JSON has it
+    return x
 
 
 def _filled(text: str, b: int) -> str:
@@ -89,6 +102,29 @@ def recipes(dim: int) -> dict[tuple[Recipe, Recipe], tuple[str, int]]:
     return found
 
 
+def reseeded() -> dict[tuple[Recipe, Recipe], tuple[str, int]]:
+    """Keys under further rotations: one rotation's figures are as wide apart as two good codes."""
+    found = {}
+    for b in WIDTHS:
+        for label in RANKED:
+            for seed in SEEDS:
+                key = _filled(CODES[label][0], b).replace(")", f",seed={seed})")
+                found[Recipe(key, "rope"), Recipe("f16")] = (_filled(label, b), b)
+    return found
+
+
+def add_seeds(model: dict[str, Any], path: Path, skip: int, jobs: int) -> None:
+    """Put each code's KL under every rotation, the default one first, into its row "seeds"."""
+    every = reseeded()
+    with load_capture(path) as capture:
+        progress = lambda n, total: print(path.name, n, total, flush=True)  # noqa: E731
+        found = rows(study(capture, list(every), skip=skip, jobs=jobs, progress=progress))
+    for (label, width), row in zip(every.values(), found, strict=True):
+        recorded = _by(model["rows"], label=label, width=width, center="rope")
+        assert recorded is not None
+        recorded.setdefault("seeds", [recorded["kl"]]).append(float(f"{row.kl:.5g}"))
+
+
 def measured(path: Path, skip: int, jobs: int) -> dict[str, Any]:
     """One capture's figures, of queries from position ``skip`` of each chunk on."""
     with load_capture(path) as capture:
@@ -108,7 +144,7 @@ def measured(path: Path, skip: int, jobs: int) -> dict[str, Any]:
                 "label": label,
                 "width": width,
                 "center": center,
-                **{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in asdict(row).items()},
+                **{k: _short(v) for k, v in asdict(row).items()},
             }
             for (label, width), center, row in zip(labels, centers, rows(result), strict=True)
         ],
@@ -123,7 +159,13 @@ def _by(rows_: list[dict[str, Any]], **want: object) -> dict[str, Any] | None:
 
 
 def _cell(row: dict[str, Any] | None, key: str) -> str:
-    return "-" if row is None else f"{row[key]:.3g}"
+    if row is None:
+        return "-"
+    return "n/a" if row[key] is None else f"{row[key]:.3g}"
+
+
+def _spread(x: list[float]) -> str:
+    return f"{np.mean(x):.3g} ± {np.std(x, ddof=1):.1g}"
 
 
 def page(data: dict[str, Any]) -> str:
@@ -162,19 +204,62 @@ def page(data: dict[str, Any]) -> str:
             if any(found):
                 bits = next(r["value_bits"] for r in found if r)
                 lines.append(f"| {bits:g} | {label} | " + " | ".join(_cell(r, "output_value") for r in found) + " |")
-    lines += ["", "“other scale”: least squares for keys, unbiased for values."]
-    ratios = [
-        [_by(m["rows"], label=label, width=b, center="rope") for b in WIDTHS]
-        for m in models
-        for label in ("Lloyd-Max, unbiased", "trellis 32x32, search")
+    lines += [
+        "",
+        "“other scale”: least squares for keys, unbiased for values. n/a: so far off that all of a distribution's",
+        "weight moved to keys whose exact probability is 0 in binary32, for which the bench has no figure.",
+        "",
+        "## Four rotations",
+        "",
+        "KL of keys without their mean before RoPE under four rotations: mean, and the standard deviation of one.",
+        "",
+        "| bits | keys | " + " | ".join(names) + " |",
+        "|--:|---|" + "--:|" * len(names),
     ]
-    gains = [
-        [new["kl"] / old["kl"] - 1 for old, new in zip(ratios[i], ratios[i + 1], strict=True) if old and new]
-        for i in range(0, len(ratios), 2)
-    ]
-    texts = (f"{name}: " + ", ".join(f"{g:+.0%}" for g in gain) for name, gain in zip(names, gains, strict=True))
-    lines += ["", f"KL of trellis 32x32 with search against Lloyd-Max, unbiased, at {WIDTHS} bits: " + "; ".join(texts)]
+    for width in WIDTHS:
+        for label in RANKED:
+            found = [_by(m["rows"], label=_filled(label, width), width=width, center="rope") for m in models]
+            cells = [_spread(r["seeds"]) if r and "seeds" in r else "-" for r in found]
+            lines.append(f"| {width + 0.25:g} | {_filled(label, width)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def summary(data: dict[str, Any]) -> str:
+    """One table for the decision record: keys centred before RoPE, and values."""
+    models = data["models"]
+    heads = [f"{what}, {m['model'].split('-Instruct')[0].split('-instruct')[0]}" for what in "KV" for m in models]
+    lines = ["| bits | code | " + " | ".join(heads) + " |", "|--:|---|" + "--:|" * len(heads)]
+    for width in (0, *WIDTHS):
+        for label in dict.fromkeys(r["label"] for m in models for r in m["rows"] if r["width"] == width):
+            found = [_by(m["rows"], label=label, width=width, center="rope" if width else "none") for m in models]
+            if label != LONGER:
+                bits = next(r["key_bits"] for r in found if r)
+                keys = [_spread(r["seeds"]) if r and "seeds" in r else _cell(r, "kl") for r in found]
+                cells = [*keys, *(_cell(r, "output_value") for r in found)]
+                lines.append(f"| {bits:g} | {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gaussian() -> str:
+    """Rows of the record's first table, from the trained tables and, for scalar codes, measured here."""
+    recorded = json.loads(resources.files("ggml_tq.reference").joinpath(TABLES).read_text())["tables"]
+    u = sphere(32768, 64, 1999).astype(np.float32)  # what the trainer measures on
+    scalar = {b: table("scalar", b, 64) for b in WIDTHS}
+    errors = [[fit(u, t.graph, t.values().reshape(-1), n).distortion for t in scalar.values()] for n in (1, 5)]
+    lines = ["| code | 2 bits | 3 bits | 4 bits | 2, search | 3, search | 4, search |", "|---|" + "--:|" * 6]
+    lines += ["| Lloyd-Max | " + " | ".join(f"{x:.4f}" for row in errors for x in row) + " |"]
+    for code in dict.fromkeys(name.partition("-")[0] for name in recorded):
+        found = [recorded.get(f"{code}-{b}b") for b in WIDTHS]
+        cells = [f"{t['distortion'][k]:.4f}" if t else "" for k in ("plain", "search5") for t in found]
+        lines.append(f"| {code} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _put(text: str, name: str, content: str) -> str:
+    """``content`` between the marks of that name."""
+    head, begin, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, tail = rest.partition(f"<!-- /{name} -->")
+    return f"{head}{begin}{content}\n{end}{tail}"
 
 
 def main() -> None:
@@ -183,17 +268,26 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=1536, help="queries of each chunk that do not count")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--render", action="store_true", help="measure nothing")
+    parser.add_argument("--seeds", action="store_true", help="measure only more rotations")
     args = parser.parse_args()
-    if not args.render:
-        if not args.captures:
-            parser.error("no capture")
+    if not args.render and not args.captures:
+        parser.error("no capture")
+    if args.seeds:
+        data = json.loads(RESULTS.read_text())
+        for model, path in zip(data["models"], args.captures, strict=True):
+            add_seeds(model, path, args.skip, args.jobs)
+        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+    elif not args.render:
         data = {
             "command": "`scripts/study_trellis.py`",
             "numpy": np.__version__,
             "models": [measured(path, args.skip, args.jobs) for path in args.captures],
         }
         RESULTS.write_text(json.dumps(data, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(page(json.loads(RESULTS.read_text())))
+    data = json.loads(RESULTS.read_text())
+    RESULTS.with_suffix(".md").write_text(page(data))
+    text = _put(RECORD.read_text(), "gaussian", gaussian())
+    RECORD.write_text(_put(text, "study", summary(data)))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def tied(bits: int, memory: int, *more: int) -> Graph:
     return Graph(bits, memory, (*UNGERBOECK[memory], *more))
 
 
-# The codes of the study. The masks beyond Ungerboeck's are the best of all spaces of label bits that contain his, for
-# up to 64 states, after a short training of each.
+# The codes of the study. The masks beyond Ungerboeck's come from trying every space of label bits that contains his
+# (scripts/search_trellis_masks.py); the first few differ by less than a short training can tell, 0.3 %.
 CODES = {
     graph.name: graph
     for graph in (
