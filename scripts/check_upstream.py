@@ -34,7 +34,7 @@ def main() -> int:
     failed = added = 0
     for path, groups in series.items():
         file = args.llama_cpp / path
-        text = file.read_text() if file.exists() else ""
+        text = file.read_bytes().decode() if file.exists() else ""
         for hunk, moved in patch_text(text, groups)[1]:
             if moved is None:
                 status = "NOT FOUND" if file.exists() else "NO SUCH FILE"

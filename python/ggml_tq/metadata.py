@@ -72,7 +72,7 @@ def from_entries(entries: Iterable[Entry]) -> Params | None:
     version = get("version", T.UINT32)  # first: what another one means by the other keys is not known here
     if version != FORMAT_VERSION:
         raise ParamsError(PREFIX + "version", f"unknown version {version}, this program knows {FORMAT_VERSION}")
-    kind = get("rotation.kind", T.STRING)
+    kind = get("rotation.kind", T.STRING).split("\0")[0]  # as C reads it
     if kind != ROTATION_KIND:
         raise ParamsError(PREFIX + "rotation.kind", f"unknown rotation '{kind}', want '{ROTATION_KIND}'")
     rotation_seed, sketch_seed = get("rotation.seed", T.UINT64), get("sketch.seed", T.UINT64)

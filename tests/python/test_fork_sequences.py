@@ -69,7 +69,7 @@ def test_context_shift_in_the_server(fork: Fork, smollm2: Path, tmp_path: Path) 
         assert server.alive()
 
 
-@pytest.mark.parametrize("model", [Llama(128), Gemma3()], ids=["llama", "window"])
+@pytest.mark.parametrize("model", [Llama(128), Gemma3(), Gemma3(n_layer=5)], ids=["llama", "window", "windows only"])
 def test_context_shift_of_other_models(fork: Fork, random_model: Callable[[Model], Path], model: Model) -> None:
     options = ("--context-shift", "-lv", 5)
     result = fork.complete(random_model(model), *options, n=300, ctx=256, cache=("tq4", "tq4"))

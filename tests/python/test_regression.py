@@ -96,9 +96,9 @@ def test_divergence(measure: Measure, baseline: dict[str, Any], model: str, pair
 
 @pytest.mark.parametrize(("model", "pair"), BOTH)
 def test_decode_agrees_with_batches(measure: Measure, model: str, pair: str) -> None:
-    """Both paths read the same packed bytes; only rounding differs, which is far below the error of sampling."""
+    """Both paths read the same packed bytes; decoding also rounds queries to int8, at 4 bits a percent of the KLD."""
     batched, decode = (measure(model, pair, path) for path in PATHS)
-    assert abs(deviation(decode, batched)) <= 0.5
+    assert abs(deviation(decode, batched)) <= 2
 
 
 @pytest.mark.parametrize("model", RUNS)

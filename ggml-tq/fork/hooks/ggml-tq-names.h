@@ -12,10 +12,6 @@
     GGML_TYPE_TQ2_MSE, GGML_TYPE_TQ3_MSE, GGML_TYPE_TQ4_MSE, \
     GGML_TYPE_TQ2_QJL, GGML_TYPE_TQ3_QJL, GGML_TYPE_TQ4_QJL
 
-static inline bool ggml_tq_is_type(ggml_type type) {
-    return type >= GGML_TYPE_TQ2_MSE && type <= GGML_TYPE_TQ4_QJL;
-}
-
 // "tq3" -> "tq3_qjl" for role 'k', "tq3_mse" for role 'v'; any other name as it is
 static inline std::string ggml_tq_resolve_name(const std::string & name, char role) {
     const tq_type_info * info = tq_get_type_info(tq_type_from_name(name.c_str(), role));
@@ -27,13 +23,24 @@ static inline const char * ggml_tq_names_help() {
     return ", tq2, tq3, tq4 (by role: tqN_qjl for K, tqN_mse for V)";
 }
 
-// llama-bench's refusal
-static inline std::string ggml_tq_unknown_name(const std::string & name) {
+// llama-bench hides the library's messages; those that say why something is refused must pass
+static inline void ggml_tq_log_errors(ggml_log_level level, const char * text) {
+    if (level == GGML_LOG_LEVEL_ERROR) {
+        fputs(text, stderr);
+    }
+}
+
+// llama-bench's list of cache types, and its refusal of others
+static inline std::string ggml_tq_bench_types() {
     std::string allowed = "f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl";
     for (const ggml_type type : { GGML_TQ_TYPE_LIST }) {
         allowed += std::string(", ") + ggml_type_name(type);
     }
-    return "unsupported cache type: " + name + " (allowed: " + allowed + ggml_tq_names_help() + ")";
+    return allowed + ggml_tq_names_help();
+}
+
+static inline std::string ggml_tq_unknown_name(const std::string & name) {
+    return "unsupported cache type: " + name + " (allowed: " + ggml_tq_bench_types() + ")";
 }
 
 // what a state file stores as the type of a cached tensor: for our types the format version and the parameters' hash

@@ -20,6 +20,11 @@ void ggml_tq_set_params(const struct tq_params * params); // NULL: the built-in 
     X(TQ2_MSE, tq2_mse) X(TQ3_MSE, tq3_mse) X(TQ4_MSE, tq4_mse) \
     X(TQ2_QJL, tq2_qjl) X(TQ3_QJL, tq3_qjl) X(TQ4_QJL, tq4_qjl)
 
+// one of the stored types
+static inline bool ggml_tq_is_type(enum ggml_type type) {
+    return type >= GGML_TYPE_TQ2_MSE && type <= GGML_TYPE_TQ4_QJL;
+}
+
 // case labels of the stored types, for upstream's switches over quantized types
 #define GGML_TQ_CASES \
     case GGML_TYPE_TQ2_MSE: case GGML_TYPE_TQ3_MSE: case GGML_TYPE_TQ4_MSE: \

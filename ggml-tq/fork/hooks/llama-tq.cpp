@@ -4,6 +4,7 @@
 #include "llama-hparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cells.h"
+#include "llama-model-loader.h"
 #include "llama-model.h"
 
 #include "ggml-cpp.h"
@@ -69,7 +70,14 @@ static bool has_metadata(const gguf_context * gguf) {
     return false;
 }
 
-std::shared_ptr<const tq_params> llama_tq_load(const gguf_context * gguf) {
+std::shared_ptr<const tq_params> llama_tq_load(const llama_model_loader & ml) {
+    for (const auto & [name, weight] : ml.weights_map) { // they would change with the parameters in use
+        if (ggml_tq_is_type(weight.tensor->type) || weight.tensor->type == GGML_TYPE_TQ_QUERY) {
+            throw std::runtime_error("weight '" + name + "' is of type " + ggml_type_name(weight.tensor->type) +
+                ", which is for caches only");
+        }
+    }
+    const gguf_context * gguf = ml.metadata;
     if (!has_metadata(gguf)) {
         return nullptr;
     }
@@ -190,7 +198,7 @@ bool llama_tq_check(const llama_model & model, llama_context_params & params) {
     if (ggml_tq_is_type(params.type_k) && !check_head_dims(model, params.type_k, 'K')) {
         return false;
     }
-    if (ggml_tq_is_type(params.type_v) && !model.hparams.is_mla() && !check_head_dims(model, params.type_v, 'V')) {
+    if (ggml_tq_is_type(params.type_v) && !check_head_dims(model, params.type_v, 'V')) {
         return false;
     }
     // as a warning, because the programs do not show the library's other messages by default
@@ -235,7 +243,7 @@ public:
 
 ggml_tensor * llama_tq_shift_cells(llm_graph_result * res, ggml_type type_k, ggml_tensor * k_shift,
         const std::vector<llama_kv_cells> & streams) {
-    if (!ggml_tq_is_type(type_k)) {
+    if (!ggml_tq_is_type(type_k) && type_k != GGML_TYPE_COUNT) {
         return nullptr;
     }
     auto inp = std::make_unique<llm_graph_input_tq_shift>();
@@ -248,8 +256,8 @@ ggml_tensor * llama_tq_shift_cells(llm_graph_result * res, ggml_type type_k, ggm
         }
         first += (int32_t) cells.size();
     }
-    if (inp->index.empty()) {
-        // shifts that cancel: upstream still fills k_shift, so something in the graph has to own it
+    if (inp->index.empty() || type_k == GGML_TYPE_COUNT) {
+        // shifts that cancel, or no layers: upstream still fills k_shift, so something in the graph has to own it
         ggml_build_forward_expand(res->get_gf(), ggml_dup(res->get_ctx(), k_shift));
         return nullptr;
     }

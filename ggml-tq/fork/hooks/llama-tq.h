@@ -9,15 +9,15 @@
 #include <memory>
 #include <vector>
 
-struct gguf_context;
 struct llama_model;
+struct llama_model_loader;
 struct llama_context_params;
 class  llama_kv_cells;
 class  llm_graph_result;
 
 // model load: the parameters in the file's turboquant.* metadata (docs/format.md section 8), nullptr if it has none;
-// throws, naming the key, if they are not valid
-std::shared_ptr<const tq_params> llama_tq_load(const gguf_context * gguf);
+// throws, naming the key, if they are not valid, and if a weight is of a cache type
+std::shared_ptr<const tq_params> llama_tq_load(const llama_model_loader & ml);
 
 // llama_context: makes the model's parameters those of the process for as long as the result lives (nullptr: no cache of
 // these types). A model that brings none uses the built-in ones, or shares those in use; throws if others are in use.
@@ -35,7 +35,7 @@ void llama_tq_require_device(ggml_backend_dev_t dev, ggml_type type_k, ggml_type
 // K-shift. Only cells whose position changes are decoded, roped and encoded again, whole heads at a time: encoding is
 // lossy, and neither sinks nor other sequences may pay for a shift that does not move them.
 // llama_tq_shift_cells returns the indices of those cells as a graph input (nullptr if there are none, or the type is not
-// ours); llama_tq_shift adds one layer's ops. rope(cur, shift) turns the coordinates of cur in place; n_nope is how many
+// ours; GGML_TYPE_COUNT stands for a cache without layers); llama_tq_shift adds one layer's ops. rope(cur, shift) turns the coordinates of cur in place; n_nope is how many
 // coordinates of a head precede the roped ones (MLA).
 ggml_tensor * llama_tq_shift_cells(llm_graph_result * res, ggml_type type_k, ggml_tensor * k_shift,
     const std::vector<llama_kv_cells> & streams);

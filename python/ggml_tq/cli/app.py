@@ -14,9 +14,9 @@ HELP = """TurboQuant KV cache types for llama.cpp: learn them, measure them, pre
 - **learn**: `types` lists the cache types; `distortion` compares every algorithm with the Shannon bound.
 - **prepare**: `stamp` writes a model's own seeds and codebooks into its metadata, `inspect` shows them, `strip` removes
   them. `capture` records real queries, keys and values; `study` says what quantizers make of them, and `stamp` can
-  calibrate codebooks on them.
-- **measure**: `eval` (perplexity, KL divergence), `retrieval` and `bench` run the fork's own programs and record what they
-  find; `report` makes tables and plots of it.
+  calibrate codebooks on them. `train-trellis` makes the tables of trellis codes, which no cache type has yet.
+- **measure**: `eval` (perplexity, KL divergence), `retrieval` and `bench` run the fork's own programs and record what
+  they find; `report` makes tables and plots of it.
 
 A first round, with the programs of `make build`:
 
