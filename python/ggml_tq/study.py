@@ -123,11 +123,13 @@ class ExactAttention:
         top = logits.max(axis=1, keepdims=True)
         if sink is not None:
             top = np.maximum(top, np.float32(sink))
-        self.p = np.exp(logits - top)
+        self.log_p: Floats = logits - top  # normalized below; finite where p underflows
+        self.p = np.exp(self.log_p)
         z = self.p.sum(axis=1, keepdims=True, dtype=np.float64)
         sink_part = np.exp(np.float64(sink) - top) if sink is not None else np.zeros_like(z)
         z += sink_part
         self.p /= z.astype(np.float32)
+        self.log_p -= np.log(z).astype(np.float32)
         self.p_sink: Doubles = (sink_part / z)[:, 0]
         self.output = self.p @ self.v
 
@@ -161,7 +163,9 @@ class ExactAttention:
             growth = np.expm1(d)
             excess = _sum(self.p * growth) + self.p_sink * np.expm1(-mean)
             return np.log1p(excess), self.p * ((1 + growth) / (1 + excess)[:, None].astype(np.float32))
-        w = self.p * np.exp(d - top[:, None].astype(np.float32))
+        a = self.log_p + d  # all weight may move to keys that had none to speak of
+        top = np.maximum(a.max(axis=1), np.log(np.maximum(self.p_sink, 1e-300)) - mean)
+        w = np.exp(a - top[:, None].astype(np.float32))
         z = _sum(w) + self.p_sink * np.exp(-mean - top)
         return top + np.log(z), w / z[:, None].astype(np.float32)
 

@@ -193,6 +193,16 @@ def test_huge_errors(tmp_path: Path) -> None:
     assert got.output == pytest.approx(want["output_key"], rel=1e-3)
 
 
+def test_weight_that_moves_to_keys_without_any(tmp_path: Path) -> None:
+    """Keys whose exact probability underflows binary32 take all of it: finite, and as in float64."""
+    path = write(tmp_path / "kv.st", Shape(scale=60.0))
+    broken = Own("broken", own=Noise(10.0))
+    want = brute_force(path, broken.own, EXACT.build("value", 64), 600)
+    got = key_score(path, broken, skip=600)
+    assert want["kl"] > 1000
+    assert got.kl == pytest.approx(want["kl"], rel=1e-3)
+
+
 def test_exact_is_zero(tmp_path: Path) -> None:
     layer = scores(write(tmp_path / "kv.st", VARIANTS["all"]), (EXACT, EXACT), skip=250)
     assert layer.keys["exact"] == KeyScore(bits=32, **dict.fromkeys(list(KeyScore.__annotations__)[1:], 0.0))
