@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write ggml-tq/src/tq-codebooks.h: codebooks, QJL weights and sign words of docs/format.md.
+"""Write ggml-tq/src/tq-codebooks.h: codebooks, QJL weights, trellis tables and sign words of docs/format.md.
 
 Run with the ggml-tq package installed, or from a checkout as it is. ``--check`` writes nothing and exits with
 status 1 if the header on disk differs from what would be written.
@@ -16,7 +16,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python"))
 
-from ggml_tq import signs  # noqa: E402
+from ggml_tq import signs, trellis  # noqa: E402
 from ggml_tq.codebook import solve  # noqa: E402
 from ggml_tq.params import DEFAULT  # noqa: E402
 
@@ -51,6 +51,11 @@ def header() -> str:
         lines += [f"#define TQ_CODEBOOK_{bits}B \\", table(book.centroids_f32) + ", \\", table(book.thresholds_f32)]
     lines += ["", "// QJL weights: sqrt(2/pi * D(B)) for the residual of the codebook of B bits."]
     lines += [f"#define TQ_KAPPA_{bits}B {literal(books[bits].kappa)}" for bits in (1, 2, 3)]
+    lines += ["", "// Trellis codes of N bits (section 9): 32 levels, and the taps that make a register's label."]
+    for bits in (2, 3, 4):
+        code = trellis.code(bits)
+        lines += [f"#define TQ_TRELLIS_{bits}B \\", table(code.levels)]
+        lines += [f"#define TQ_TRELLIS_TAPS_{bits}B {{ {', '.join(map(str, code.taps))} }}"]
     lines += [
         "",
         "// Default seeds, their sign words (section 3: bit i = 1 negates coordinate i), the set's hash (section 8)",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ggml_tq.codebook import Codebook, solve
 
 BLOCK = 64  # coordinates
-FORMAT_VERSION = 0
-QUERY_ID = 126
+FORMAT_VERSION = 1
+QUERY_ID = 129
 QUERY_BYTES = 8 + 2 * BLOCK
 
 
