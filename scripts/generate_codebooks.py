@@ -53,9 +53,9 @@ def header() -> str:
     lines += [f"#define TQ_KAPPA_{bits}B {literal(books[bits].kappa)}" for bits in (1, 2, 3)]
     lines += ["", "// Trellis codes of N bits (section 9): 32 levels, and the taps that make a register's label."]
     for bits in (2, 3, 4):
-        code = trellis.code(bits)
-        lines += [f"#define TQ_TRELLIS_{bits}B \\", table(code.levels)]
-        lines += [f"#define TQ_TRELLIS_TAPS_{bits}B {{ {', '.join(map(str, code.taps))} }}"]
+        code = trellis.trellis(bits)
+        lines += [f"#define TQ_TRELLIS_{bits}B \\", table(code.levels.reshape(-1))]
+        lines += [f"#define TQ_TRELLIS_TAPS_{bits}B {{ {', '.join(map(str, code.graph.taps))} }}"]
     lines += [
         "",
         "// Default seeds, their sign words (section 3: bit i = 1 negates coordinate i), the set's hash (section 8)",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_tq.cache_types import BLOCK, TYPES, TqType
+from ggml_tq.cache_types import BLOCK, CODEBOOK_TYPES, TqType
 from ggml_tq.capture import Capture
 from ggml_tq.codebook import Codebook, from_samples, solve
 from ggml_tq.params import Params, Quantizer
@@ -27,7 +27,7 @@ def params_of(
         b = book(tq)
         return Quantizer(b.centroids_f32, b.kappa if tq.qjl else np.float32(0))
 
-    return Params(rotation_seed, sketch_seed, {name: quantizer(tq) for name, tq in TYPES.items()})
+    return Params(rotation_seed, sketch_seed, {name: quantizer(tq) for name, tq in CODEBOOK_TYPES.items()})
 
 
 def sphere(tq: TqType) -> Codebook:

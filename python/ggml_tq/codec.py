@@ -1,8 +1,8 @@
 """Encode, decode and score cache rows as docs/format.md says, bit for bit, over any leading axes.
 
 The codes are TurboQuant's (arXiv:2504.19874): Algorithm 1 (``_mse``) and Algorithm 2 with an orthogonal
-sketch (``_qjl``). The block scales are EDEN's (arXiv:2108.08842): of least error for ``_mse``, unbiased
-for ``_qjl``.
+sketch (``_qjl``), or a trellis code (``_tcq``, ``ggml_tq.trellis``). The block scales are EDEN's (arXiv:2108.08842):
+of least error for ``_mse``, unbiased for the others.
 All arithmetic is float32: arrays of that dtype times NumPy float32 or Python scalars, never float64.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ggml_tq import trellis
 from ggml_tq.cache_types import BLOCK, QUERY_BYTES, TqType
 from ggml_tq.params import DEFAULT, Params
 from ggml_tq.transform import Array, rht, rht_inverse, tree_sum
@@ -51,6 +52,20 @@ def _signs(bits: NDArray[Any]) -> Array:
     return np.where(bits, np.float32(-1), np.float32(1))
 
 
+def _round(u: Array, tq: TqType, params: Params) -> tuple[Bytes, Array]:
+    """Codes of normalized blocks (..., 64), their bits those of the planes, and the values that they stand for."""
+    quantizer = params.quantizers[tq.name]
+    code = np.zeros(u.shape, dtype=np.uint8)
+    for t in quantizer.thresholds:
+        code += u > t
+    q = quantizer.centroids[code]
+    if tq.qjl:
+        sign = rht(u - q, params.sketch_signs) < 0
+        q = q + quantizer.kappa * rht_inverse(_signs(sign), params.sketch_signs)
+        code |= sign.astype(np.uint8) << tq.code_bits
+    return code, q
+
+
 def encode(x: ArrayLike, tq: TqType, params: Params = DEFAULT) -> Bytes:
     """Rows (..., n) of numbers as uint8 (..., n/64 * block_bytes). Raises ValueError unless 64 divides n."""
     x = _blocks(x)
@@ -65,18 +80,10 @@ def encode(x: ArrayLike, tq: TqType, params: Params = DEFAULT) -> Bytes:
     g: Array = np.divide(8, np.sqrt(tree_sum(y * y)), dtype=np.float32)
     u: Array = y * g
 
-    quantizer = params.quantizers[tq.name]
-    code = np.zeros(u.shape, dtype=np.uint8)
-    for t in quantizer.thresholds:
-        code += u > t
-    q = quantizer.centroids[code]
-    if tq.qjl:
-        sign = rht(u - q, params.sketch_signs) < 0
-        q = q + quantizer.kappa * rht_inverse(_signs(sign), params.sketch_signs)
-        code |= sign.astype(np.uint8) << tq.code_bits
+    code, q = trellis.encode(u, tq.bits) if tq.kind == "tcq" else _round(u, tq, params)
     uq = tree_sum(u * q)
     with np.errstate(divide="ignore", invalid="ignore"):  # where uq is not positive
-        s = tree_sum(u * u) / uq if tq.qjl else uq / tree_sum(q * q)
+        s = uq / tree_sum(q * q) if tq.kind == "mse" else tree_sum(u * u) / uq
     s = np.where(uq > 0, s, np.float32(0))
 
     with np.errstate(over="ignore"):  # the largest rows overflow here, and saturate
@@ -89,11 +96,14 @@ def encode(x: ArrayLike, tq: TqType, params: Params = DEFAULT) -> Bytes:
 
 
 def _unpack(data: Bytes, tq: TqType, params: Params) -> tuple[Array, Array, Array | None]:
-    """Scales (..., blocks, 1), centroids and, for ``_qjl``, signs (..., blocks, 64) of stored rows."""
+    """Scales (..., blocks, 1), centroids or levels and, for ``_qjl``, signs (..., blocks, 64) of stored rows."""
     blocks = _split(data, tq.block_bytes)
     scale = np.ascontiguousarray(blocks[..., :2]).view("<f2").astype(np.float32)
     planes = blocks[..., 2:].reshape(*blocks.shape[:-1], tq.bits, 8)
     bits = np.unpackbits(planes, axis=-1, bitorder="little")
+    if tq.kind == "tcq":
+        code = np.asarray(sum(bits[..., p, :] << p for p in range(tq.bits)))
+        return scale, trellis.decode(code, tq.bits), None
     index = sum(bits[..., p, :] << p for p in range(tq.code_bits))
     return scale, params.quantizers[tq.name].centroids[index], _signs(bits[..., -1, :]) if tq.qjl else None
 

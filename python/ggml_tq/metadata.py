@@ -9,7 +9,7 @@ from typing import Any
 from gguf import GGUFValueType as T
 
 from ggml_tq import __version__
-from ggml_tq.cache_types import FORMAT_VERSION, TYPES
+from ggml_tq.cache_types import CODEBOOK_TYPES, FORMAT_VERSION
 from ggml_tq.gguf_file import (
     Entry,
     GgufError,
@@ -38,7 +38,7 @@ def to_entries(params: Params, provenance: Mapping[str, str]) -> list[Entry]:
         encode_entry(PREFIX + "rotation.seed", T.UINT64, params.rotation_seed),
         encode_entry(PREFIX + "sketch.seed", T.UINT64, params.sketch_seed),
     ]
-    for name, tq in TYPES.items():
+    for name, tq in CODEBOOK_TYPES.items():
         q = params.quantizers[name]
         entries.append(encode_entry(f"{PREFIX}{name}.codebook", T.ARRAY, q.centroids.tolist(), T.FLOAT32))
         if tq.qjl:
@@ -77,7 +77,7 @@ def from_entries(entries: Iterable[Entry]) -> Params | None:
         raise ParamsError(PREFIX + "rotation.kind", f"unknown rotation '{kind}', want '{ROTATION_KIND}'")
     rotation_seed, sketch_seed = get("rotation.seed", T.UINT64), get("sketch.seed", T.UINT64)
     quantizers = {}
-    for name, tq in TYPES.items():
+    for name, tq in CODEBOOK_TYPES.items():
         codebook, kappa = f"{name}.codebook", f"{name}.kappa"
         quantizers[name] = Quantizer(
             check_centroids(tq, get(codebook, T.ARRAY, T.FLOAT32), PREFIX + codebook),

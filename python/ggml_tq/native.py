@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ggml_tq.cache_types import BLOCK, QUERY_BYTES, TYPES, TqType
+from ggml_tq.cache_types import BLOCK, CODEBOOK_TYPES, QUERY_BYTES, TYPES, TqType
 from ggml_tq.params import DEFAULT, Params
 
 Array = NDArray[np.float32]
@@ -43,7 +43,7 @@ class _Params(ctypes.Structure):
         ("sketch_seed", ctypes.c_uint64),
         ("rotation_signs", ctypes.c_float * BLOCK),
         ("sketch_signs", ctypes.c_float * BLOCK),
-        ("quantizers", _Quantizer * len(TYPES)),
+        ("quantizers", _Quantizer * len(CODEBOOK_TYPES)),
         ("hash", ctypes.c_uint64),
     )
 
@@ -94,7 +94,7 @@ def c_params(params: Params) -> _Params:
         lib = library()
         c = _Params.from_buffer_copy(lib.tq_params_default().contents)
         lib.tq_params_set_seeds(c, params.rotation_seed, params.sketch_seed)
-        for name, tq in TYPES.items():
+        for name, tq in CODEBOOK_TYPES.items():
             q = params.quantizers[name]
             centroids = np.ascontiguousarray(q.centroids, dtype=np.float32)
             problem = lib.tq_params_set_codebook(c, _INDEX[name], centroids.ctypes.data, centroids.size)

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ggml_tq.cache_types import BLOCK, FORMAT_VERSION, TYPES, TqType
+from ggml_tq.cache_types import BLOCK, CODEBOOK_TYPES, FORMAT_VERSION, TqType
 from ggml_tq.signs import ROTATION_SEED, SKETCH_SEED, sign_vector, sign_word
 
 Floats = NDArray[np.float32]
@@ -76,11 +76,13 @@ def _built_in(tq: TqType) -> Quantizer:
 
 @dataclass(frozen=True)
 class Params:
-    """One set of parameters. ``quantizers`` has an entry for every name in TYPES."""
+    """One set of parameters. ``quantizers`` has an entry for every name in CODEBOOK_TYPES."""
 
     rotation_seed: int = ROTATION_SEED
     sketch_seed: int = SKETCH_SEED
-    quantizers: Mapping[str, Quantizer] = field(default_factory=lambda: {n: _built_in(t) for n, t in TYPES.items()})
+    quantizers: Mapping[str, Quantizer] = field(
+        default_factory=lambda: {n: _built_in(t) for n, t in CODEBOOK_TYPES.items()}
+    )
 
     @cached_property
     def rotation_signs(self) -> Floats:
@@ -95,7 +97,7 @@ class Params:
     def hash(self) -> int:
         """64-bit FNV-1a of the parameters' canonical bytes."""
         data = struct.pack("<IQQ", FORMAT_VERSION, self.rotation_seed, self.sketch_seed)
-        for name in TYPES:
+        for name in CODEBOOK_TYPES:
             q = self.quantizers[name]
             data += q.centroids.astype("<f4").tobytes() + np.float32(q.kappa).astype("<f4").tobytes()
         h = 0xCBF29CE484222325

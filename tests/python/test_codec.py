@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ggml_tq import signs, transform
-from ggml_tq.cache_types import TYPES, TqType
+from ggml_tq.cache_types import CODEBOOK_TYPES, TYPES, TqType
 from ggml_tq.codec import decode, encode, encode_query, query_dot
 from ggml_tq.params import DEFAULT
 
 ALL = pytest.mark.parametrize("tq", TYPES.values(), ids=TYPES)
-QJL = pytest.mark.parametrize("tq", [t for t in TYPES.values() if t.qjl], ids=lambda t: t.name)
+UNBIASED = pytest.mark.parametrize("tq", [t for t in TYPES.values() if t.kind != "mse"], ids=lambda t: t.name)
+SCALAR = pytest.mark.parametrize("tq", CODEBOOK_TYPES.values(), ids=CODEBOOK_TYPES)
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 rows = hnp.arrays(np.float32, st.sampled_from([(64,), (2, 128), (1, 3, 64)]), elements=floats)
@@ -47,6 +48,9 @@ def test_type_table() -> None:
         ("tq2_qjl", 123, 2, 18, 2.25),
         ("tq3_qjl", 124, 3, 26, 3.25),
         ("tq4_qjl", 125, 4, 34, 4.25),
+        ("tq2_tcq", 126, 2, 18, 2.25),
+        ("tq3_tcq", 127, 3, 26, 3.25),
+        ("tq4_tcq", 128, 4, 34, 4.25),
     ]
 
 
@@ -103,23 +107,31 @@ def test_mse_distortion(name: str, most: float) -> None:
     assert relative_error(x, decode(encode(x, tq), tq)) <= most
 
 
-@ALL
+@SCALAR
 def test_distortion_is_the_theory_s(tq: TqType) -> None:
     """A block's own best scale beats a fixed one a little, so theory is an upper bound, and a close one."""
     x = normal(4000, 128, seed=1)
     assert relative_error(x, decode(encode(x, tq), tq)) == pytest.approx(0.98 * tq.distortion, rel=0.02)
 
 
-@QJL
-def test_qjl_keeps_the_component_along_x(tq: TqType) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_trellis_distortion_is_the_trained_one(bits: int) -> None:
+    """Each block has the error that was measured on uniform directions: the sum over rows weighs long blocks more."""
+    x, tq = normal(3000, 64, seed=1), TYPES[f"tq{bits}_tcq"]
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)
+    assert relative_error(x, decode(encode(x, tq), tq)) == pytest.approx(tq.distortion, rel=0.01)
+
+
+@UNBIASED
+def test_scale_keeps_the_component_along_x(tq: TqType) -> None:
     """The unbiased scale, up to its rounding to binary16."""
     x = normal(1000, 64, seed=2)
     along = np.sum(decode(encode(x, tq), tq) * x, axis=-1) / np.sum(x * x, axis=-1)
     np.testing.assert_allclose(along, 1, rtol=0, atol=2**-11 + 1e-6)
 
 
-@QJL
-def test_qjl_inner_products_are_unbiased(tq: TqType) -> None:
+@UNBIASED
+def test_inner_products_are_unbiased(tq: TqType) -> None:
     """Regress estimates on exact products, for queries that correlate with the keys: slope 1, no offset."""
     x = normal(8000, 128, seed=3)
     a = 0.5 * x + normal(8000, 128, seed=4)
@@ -233,7 +245,7 @@ def test_batches_equal_single_rows(tq: TqType) -> None:
     assert encode(x[:0], tq).shape == (0, 3, 3 * tq.block_bytes)
 
 
-@ALL
+@SCALAR
 def test_layout(tq: TqType) -> None:
     """Decode by hand, bit by bit, from the tables of the specification."""
     data = encode(normal(64, seed=8), tq)

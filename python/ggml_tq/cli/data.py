@@ -52,12 +52,13 @@ def fetch(
 def types(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the cache types and the error that theory expects of them.
+    """List the cache types and the error that is expected of them.
 
     The distortion is the expected squared error of a decoded row relative to the row's own square. D(B) is
     that of the Lloyd-Max codebook of B bits. An **mse** type of N bits has D(N). A **qjl** type
     spends one bit on the signs of the sketched residual, which take 2/pi of its square away and leave
-    D' = (1 - 2/pi) D(N-1); its scale makes inner products unbiased and the distortion D' / (1 - D').
+    D' = (1 - 2/pi) D(N-1); its scale makes inner products unbiased and the distortion D' / (1 - D'). A **tcq** type is
+    a trellis code of as many bytes, with that scale too; its D' is measured.
     """
     rows = [
         {

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from ggml_tq import metadata
-from ggml_tq.cache_types import FORMAT_VERSION, TYPES
+from ggml_tq.cache_types import CODEBOOK_TYPES, FORMAT_VERSION
 from ggml_tq.calibrate import calibrated, gaussian, params_of, sphere
 from ggml_tq.capture import CaptureError, load_capture
 from ggml_tq.cli.app import app, fail
@@ -158,7 +158,7 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
     for key, text in origin.items():
         console.print(f"{key}: {text}", markup=False)
     table = Table("type", "kappa", "centroids")
-    for name, tq in TYPES.items():
+    for name, tq in CODEBOOK_TYPES.items():
         q = params.quantizers[name]
         c = q.centroids
         half = len(c) // 2

@@ -20,10 +20,11 @@ several multiples of u and the path of largest cosine with u is kept; the scale 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace, device
@@ -96,6 +97,7 @@ class Table:
     levels: tuple[float, ...]  # graph.entries of them
     int8: tuple[int, ...]  # the same in units of ``unit``
     unit: float
+    distortion: Mapping[str, float] = field(default_factory=dict)  # measured, by encoder
 
     def values(self, int8: bool = False) -> Floats:
         """(labels, free)"""
@@ -109,7 +111,11 @@ def tables() -> dict[str, Table]:
     data = json.loads(resources.files("ggml_tq.reference").joinpath(TABLES).read_text())
     return {
         name: Table(
-            Graph(t["bits"], t["memory"], tuple(t["taps"])), tuple(t["levels"]), tuple(t["int8"]), float(t["unit"])
+            Graph(t["bits"], t["memory"], tuple(t["taps"])),
+            tuple(t["levels"]),
+            tuple(t["int8"]),
+            float(t["unit"]),
+            t["distortion"],
         )
         for name, t in data["tables"].items()
     }
@@ -229,9 +235,10 @@ def _nearest(u: Array, levels: Array, label: Array) -> tuple[Array, Array]:
     return w, q
 
 
-def encode_path(u: Array, graph: Graph, values: Floats, tail: Tail = "wrap") -> tuple[Array, Array, Array]:
-    """The nearest tail-biting path to blocks u (blocks, coordinates) in the code with levels ``values``.
+def encode_path(u: Array, graph: Graph, values: NDArray[Any], tail: Tail = "wrap") -> tuple[Array, Array, Array]:
+    """The nearest tail-biting path to blocks u (blocks, coordinates) in the code with levels ``values`` (labels, free).
 
+    In float32 its operations and ties are those of the cache types (docs/format.md, section 9, steps 2 and 3).
     Returns registers (int64), free bits w (uint8) and levels, each (blocks, coordinates).
     """
     xp = array_namespace(u)
