@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Write tests/data/golden.npz: rows, and the bytes and values that docs/format.md makes of them.
+"""Write tests/data/golden.npz: rows and centers, and what docs/format.md makes of them.
 
-The format is a draft: run this again when it changes, and say so in the commit. From version 1 on the file is frozen.
+The file is frozen: these are the bits of format version 1. Only another version, or something that the file lacks, is
+a reason to run this again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 
 from ggml_tq import codec
 from ggml_tq.cache_types import TYPES
+from ggml_tq.center import Turn, make_table
 from ggml_tq.params import DEFAULT, Params
 
 TARGET = Path(__file__).resolve().parent.parent / "tests" / "data" / "golden.npz"
@@ -39,6 +41,16 @@ def rows() -> np.ndarray:
     return np.concatenate([normal, special])
 
 
+def centers() -> dict[str, np.ndarray]:
+    """Centers of 80 coordinates at positions, 64 of the coordinates turned."""
+    freqs = 1e4 ** (-np.arange(32) / 32)
+    m = np.random.default_rng(20261125).standard_normal((4, 80)).astype(np.float32)
+    positions = np.array([0, 1, 100, 255, 256, 1000, 65535, 65536, 131071, 2**24 - 1, 2**24 + 7, -1], dtype=np.int32)
+    table = make_table(freqs)
+    at = {f"center/{'neox' if neox else 'pairs'}": Turn(table, neox).apply(m, positions) for neox in (False, True)}
+    return {"center/freqs": freqs, "center/m": m, "center/positions": positions, **at}
+
+
 def main() -> None:
     arrays: dict[str, np.ndarray] = {"x": rows(), "seeds": SEEDS}
     for params, name in ((DEFAULT, "default"), (Params(*(int(s) for s in SEEDS)), "seeded")):
@@ -46,6 +58,7 @@ def main() -> None:
             data = codec.encode(arrays["x"], tq, params)
             arrays[f"{name}/{tq.name}"] = data
             arrays[f"{name}/{tq.name}/decoded"] = codec.decode(data, tq, params)
+    arrays |= centers()
     TARGET.parent.mkdir(exist_ok=True)
     np.savez_compressed(TARGET, **arrays)
 

@@ -63,12 +63,12 @@ class Rope:
     offset: int = 0
     factors: Floats | None = None
 
-    def angles(self, positions: Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Cosine and sine of each pair, (tokens, n_dims/2), times the magnitude; YaRN as arXiv:2309.00071, 3.4."""
+    def frequencies(self) -> tuple[NDArray[np.float64], float]:
+        """Radians a position of each pair, (n_dims/2,), and the magnitude; YaRN as arXiv:2309.00071, 3.4."""
         if self.mode == ROPE_VISION or self.sections[3]:
             raise CaptureError(f"RoPE of mode {self.mode} with sections {self.sections} is not supported")
         pair = np.arange(self.n_dims // 2)
-        theta = np.asarray(positions, dtype=np.float64)[:, None] * self.freq_base ** (-2 * pair / self.n_dims)
+        theta = self.freq_base ** (-2.0 * pair / self.n_dims)
         if self.factors is not None:
             theta = theta / self.factors[: len(pair)]
         magnitude = self.attn_factor
@@ -79,6 +79,12 @@ class Rope:
             ramp = self.ext_factor * (1 - np.clip((pair - low) / max(0.001, high - low), 0, 1))
             angle = angle * (1 - ramp) + theta * ramp
             magnitude *= 1 + 0.1 * math.log(1 / self.freq_scale)
+        return angle, magnitude
+
+    def angles(self, positions: Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Cosine and sine of each pair, (tokens, n_dims/2), times the magnitude."""
+        freqs, magnitude = self.frequencies()
+        angle = np.asarray(positions, dtype=np.float64)[:, None] * freqs
         return np.cos(angle) * magnitude, np.sin(angle) * magnitude
 
     def _turns(self, beta: float) -> float:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from numpy.typing import NDArray
 
 CHUNK = 1 << 24  # bytes copied at a time
 _HEAD = struct.Struct("<4sIQQ")
@@ -148,19 +150,42 @@ def encode_entry(key: str, kind: GGUFValueType, value: Any, item_type: GGUFValue
     return Entry(key, kind, item_type, head + struct.pack("<IQ", item_type, len(value)) + items, len(head))
 
 
-def _tensor_end(cursor: _Cursor) -> int:
-    """Bytes from the start of the data to the end of one tensor."""
-    cursor.string()
-    n_dims = cursor.scalar("<I")
-    n_values = 1
-    for _ in range(n_dims):
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor is: its number of values, the number of its type, bytes from the start of the data."""
+
+    name: str
+    n_values: int
+    type: int
+    offset: int
+
+    @property
+    def end(self) -> int:
+        try:
+            block, size = GGML_QUANT_SIZES[GGMLQuantizationType(self.type)]
+        except (ValueError, KeyError):  # a type that the gguf package does not know
+            return self.offset
+        return self.offset + self.n_values // block * size
+
+
+def _tensor(cursor: _Cursor) -> Tensor:
+    name, n_values = cursor.string(), 1
+    for _ in range(cursor.scalar("<I")):
         n_values *= cursor.scalar("<Q")
-    number, offset = cursor.scalar("<I"), cursor.scalar("<Q")
-    try:
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
-    except (ValueError, KeyError):  # a type that the gguf package does not know
-        return int(offset)
-    return int(offset + n_values // block * size)
+    return Tensor(name, n_values, cursor.scalar("<I"), cursor.scalar("<Q"))
+
+
+def tensors(header: Header) -> list[Tensor]:
+    """The tensors of the file."""
+    cursor = _Cursor(header.tensor_infos, 0)
+    return [_tensor(cursor) for _ in range(header.n_tensors)]
+
+
+def read_vector(header: Header, tensor: Tensor) -> NDArray[np.float32]:
+    """The values of a float32 tensor, flat; raises GgufError for other types."""
+    if tensor.type != GGMLQuantizationType.F32:
+        raise GgufError(f"{header.path}: {tensor.name} is not of type F32")
+    return np.fromfile(header.path, "<f4", tensor.n_values, offset=header.data_start + tensor.offset)
 
 
 def read_header(path: Path) -> Header:
@@ -193,7 +218,7 @@ def _parse(path: Path, data: mmap.mmap, size: int) -> Header:
     try:
         entries = tuple(_entry(cursor) for _ in range(n_entries))
         start = cursor.position
-        data_size = max((_tensor_end(cursor) for _ in range(n_tensors)), default=0)
+        data_size = max((_tensor(cursor).end for _ in range(n_tensors)), default=0)
     except (GgufError, RecursionError) as e:
         raise GgufError(f"{path}: {e}") from e
     if len({e.key for e in entries}) != n_entries:

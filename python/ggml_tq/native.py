@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ggml_tq.cache_types import BLOCK, CODEBOOK_TYPES, QUERY_BYTES, TYPES, TqType
+from ggml_tq.center import PAGE, PARTS, Turn
 from ggml_tq.params import DEFAULT, Params
 
 Array = NDArray[np.float32]
@@ -45,6 +46,15 @@ class _Params(ctypes.Structure):
         ("sketch_signs", ctypes.c_float * BLOCK),
         ("quantizers", _Quantizer * len(CODEBOOK_TYPES)),
         ("hash", ctypes.c_uint64),
+    )
+
+
+class _Center(ctypes.Structure):
+    _fields_ = (
+        ("head_dim", ctypes.c_int32),
+        ("n_rot", ctypes.c_int32),
+        ("neox", ctypes.c_int32),
+        ("table", ctypes.c_void_p),
     )
 
 
@@ -78,6 +88,8 @@ def library() -> ctypes.CDLL:
         ("tq_dot", ctypes.c_float, (params, kind, pointer, pointer, size)),
         ("tq_rotate", None, (params, pointer, pointer, size)),
         ("tq_unrotate", None, (params, pointer, pointer, size)),
+        ("tq_center_make_table", None, (pointer, ctypes.c_int32, pointer)),
+        ("tq_center_add", None, (ctypes.POINTER(_Center), pointer, ctypes.c_int32, ctypes.c_float, pointer)),
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
@@ -178,3 +190,23 @@ def unrotate(y: ArrayLike, params: Params = DEFAULT, out: Array | None = None) -
     out = _result(out, y.shape, np.float32)
     library().tq_unrotate(c_params(params), y.ctypes.data, out.ctypes.data, y.size)
     return out
+
+
+def center_table(freqs: ArrayLike) -> Array:
+    """``ggml_tq.center.make_table``."""
+    f = np.ascontiguousarray(freqs, dtype=np.float64)
+    table = np.empty((PAGE * PARTS, 2 * f.size), np.float32)
+    library().tq_center_make_table(f.ctypes.data, 2 * f.size, table.ctypes.data)
+    return table
+
+
+def center_add(turn: Turn, m: ArrayLike, positions: ArrayLike, sign: int, x: Array) -> None:
+    """Add ``sign`` (1 or -1) times X_p(m), m (dim,), to the rows x (tokens, dim) of ``positions`` (tokens,)."""
+    m, table = np.ascontiguousarray(m, dtype=np.float32), np.ascontiguousarray(turn.table)
+    positions = np.asarray(positions)
+    if m.shape != (x.shape[-1],) or x.shape[:1] != positions.shape or table.shape[1] > len(m):
+        raise ValueError(f"rows of shape {x.shape}, a center of {m.shape}, positions of {positions.shape}")
+    _result(x, x.shape, np.float32)
+    center = _Center(len(m), table.shape[1], turn.neox, table.ctypes.data)
+    for row, position in zip(x, positions.tolist(), strict=True):
+        library().tq_center_add(center, m.ctypes.data, position, sign, row.ctypes.data)

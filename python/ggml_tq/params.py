@@ -31,6 +31,14 @@ class ParamsError(ValueError):
         self.key = key
 
 
+def fnv1a(data: bytes) -> int:
+    """64-bit FNV-1a."""
+    h = 0xCBF29CE484222325
+    for byte in data:
+        h = (h ^ byte) * 0x100000001B3 & _U64
+    return h
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """What one cache type rounds to: ascending ``centroids`` and the weight ``kappa`` of the residual's signs."""
@@ -100,10 +108,7 @@ class Params:
         for name in CODEBOOK_TYPES:
             q = self.quantizers[name]
             data += q.centroids.astype("<f4").tobytes() + np.float32(q.kappa).astype("<f4").tobytes()
-        h = 0xCBF29CE484222325
-        for byte in data:
-            h = (h ^ byte) * 0x100000001B3 & _U64
-        return h
+        return fnv1a(data)
 
 
 DEFAULT = Params()

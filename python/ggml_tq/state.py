@@ -34,16 +34,17 @@ class Rows:
 
     type: str  # ggml's name, such as tq3_qjl or f16
     version: int | None  # the format version in the tag, of our types
-    hash_bits: int | None  # the low 20 bits of the parameters' hash in the tag
+    hash_bits: int | None  # the low 20 bits of the parameters' hash in the tag, of keys with those of their centers'
     data: NDArray[np.uint8]
 
-    def decode(self, params: Params = DEFAULT) -> NDArray[np.float32]:
+    def decode(self, params: Params = DEFAULT, centers: int = 0) -> NDArray[np.float32]:
         """The values, float32 (cells, n); those of upstream's quantized types as cached, rotated by its graph.
 
-        Raises StateError if ``params`` are not those of the file.
+        ``centers``, for keys: the hash of what they are centered by (``ggml_tq.center.Centers.hash``), which is not
+        added back. Raises StateError if ``params`` or ``centers`` are not those of the file.
         """
         if self.type in TYPES:
-            if self.version != FORMAT_VERSION or self.hash_bits != params.hash & 0xFFFFF:
+            if self.version != FORMAT_VERSION or self.hash_bits != (params.hash ^ centers) & 0xFFFFF:
                 raise StateError(f"{self.type} rows of version {self.version}, parameters {self.hash_bits:05x}")
             return codec.decode(self.data, TYPES[self.type], params)
         values: NDArray[np.float32] = gguf.quants.dequantize(self.data, gguf.GGMLQuantizationType[self.type.upper()])

@@ -1,19 +1,32 @@
 """Metadata that is valid, and metadata that is not: one list for `ggml-tq inspect` and the runtime.
 
-An edit replaces the entry of a key in the metadata of the built-in parameters, or removes it (None).
+An edit replaces the entry of a key in the metadata of the built-in parameters, or removes it (None). The model that
+brings them has keys of ``HPARAMS``: those of random_models.Llama(head_dim=64).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from gguf import GGUFValueType as T
 
+from ggml_tq.center import Centers
 from ggml_tq.gguf_file import Entry, encode_entry
 from ggml_tq.metadata import PREFIX, to_entries
 from ggml_tq.params import DEFAULT, Params, Quantizer
 
+HPARAMS = [
+    encode_entry("general.architecture", T.STRING, "llama"),
+    encode_entry("llama.block_count", T.UINT32, 2),
+    encode_entry("llama.embedding_length", T.UINT32, 128),
+    encode_entry("llama.attention.head_count", T.UINT32, 4),
+    encode_entry("llama.attention.head_count_kv", T.UINT32, 2),
+    encode_entry("llama.attention.key_length", T.UINT32, 64),
+]
+N_CENTERS = 2 * 2 * 64  # layers, key heads, dimensions
+NONE = Centers("none")
 HALVES = {n: np.linspace(-2, 2, n).astype(np.float32).tolist() for n in (4, 7, 8, 9, 16)}
 
 
@@ -22,9 +35,10 @@ class Vector:
     refused: str | None  # the key that the refusal must name, without prefix
     edits: dict[str, Entry | None] = field(default_factory=dict)
     params: Params = DEFAULT
+    centers: Centers = NONE
 
     def entries(self) -> list[Entry]:
-        entries = {e.key: e for e in to_entries(self.params, {"tool": "test"})} | self.edits
+        entries = {e.key: e for e in to_entries(self.params, self.centers, {"tool": "test"})} | self.edits
         return [e for e in entries.values() if e is not None]
 
 
@@ -43,7 +57,21 @@ def good(name: str, centroids: list[float], kappa: float = 0.0) -> Vector:
     return Vector(None, params=Params(quantizers={**DEFAULT.quantizers, name: q}))
 
 
+def mean(values: np.ndarray, refused: str | None = None, key: str = "", *entry: Any) -> Vector:  # noqa: ANN401
+    """Centers with their hash; ``key`` is replaced by an entry of (type, value, item type), or removed."""
+    name = PREFIX + key
+    edits = {name: encode_entry(name, *entry) if entry else None} if key else {}
+    return Vector(refused, edits, centers=Centers("mean", values.astype(np.float32)))
+
+
+def with_center(value: float) -> Vector:
+    m = CENTERS.copy()
+    m[77] = value
+    return mean(m, None if abs(value) < 1e6 else "center.key")
+
+
 LEVELS = HALVES[8]
+CENTERS = np.random.default_rng(8).standard_normal(N_CENTERS).astype(np.float32) * np.float32(3)
 VECTORS: dict[str, Vector] = {
     # valid
     "built-in": Vector(None),
@@ -56,8 +84,9 @@ VECTORS: dict[str, Vector] = {
     ),
     # version and rotation
     "no version": bad("version"),
-    "next version": bad("version", T.UINT32, 1),
-    "version of another type": bad("version", T.INT32, 0),
+    "the draft's version": bad("version", T.UINT32, 0),
+    "next version": bad("version", T.UINT32, 2),
+    "version of another type": bad("version", T.INT32, 1),
     "no rotation kind": bad("rotation.kind"),
     "unknown rotation": bad("rotation.kind", T.STRING, "dense"),
     "rotation kind as a number": bad("rotation.kind", T.UINT32, 64),
@@ -88,6 +117,34 @@ VECTORS: dict[str, Vector] = {
     "great kappa": bad("tq2_qjl.kappa", T.FLOAT32, 2.1),
     "binary64 kappa": bad("tq3_qjl.kappa", T.FLOAT64, 0.2),
     "kappa of a type without a sketch": bad("tq3_mse.kappa", T.FLOAT32, 0.1),
+    # centers
+    "centered by biases": Vector(None, centers=Centers("bias")),
+    "centered by means": mean(CENTERS),
+    "means of zero": mean(np.zeros(N_CENTERS)),
+    "a great center": with_center(999999.9375),
+    "no kind of center": bad("center.kind"),
+    "unknown kind of center": bad("center.kind", T.STRING, "median"),
+    "empty kind of center": bad("center.kind", T.STRING, ""),
+    "kind of center as a number": bad("center.kind", T.UINT32, 0),
+    "kind mean and nothing else": Vector("center.key", bad("center.kind", T.STRING, "mean").edits),
+    "means without centers": mean(CENTERS, "center.key", "center.key"),
+    "means without a hash": mean(CENTERS, "center.hash", "center.hash"),
+    "one center too few": mean(CENTERS[:-1], "center.key"),
+    "one center too many": mean(np.append(CENTERS, 0), "center.key"),
+    "centers of one layer": mean(CENTERS[: N_CENTERS // 2], "center.key"),
+    "no centers at all": mean(CENTERS[:0], "center.key"),
+    "NaN center": with_center(float("nan")),
+    "infinite center": with_center(float("-inf")),
+    "too great a center": with_center(-1e6),
+    "centers in binary64": mean(CENTERS, "center.key", "center.key", T.ARRAY, CENTERS.tolist(), T.FLOAT64),
+    "centers as one number": mean(CENTERS, "center.key", "center.key", T.FLOAT32, 0.0),
+    "another hash of centers": mean(CENTERS, "center.hash", "center.hash", T.UINT64, Centers("mean", CENTERS).hash ^ 1),
+    "signed hash of centers": mean(CENTERS, "center.hash", "center.hash", T.INT64, 1),
+    "an edited center": mean(CENTERS, "center.hash", "center.key", T.ARRAY, (CENTERS + 1).tolist(), T.FLOAT32),
+    "centers of kind none": mean(CENTERS, "center.key", "center.kind", T.STRING, "none"),
+    "centers of kind bias": mean(CENTERS, "center.key", "center.kind", T.STRING, "bias"),
+    "a hash of centers without them": bad("center.hash", T.UINT64, 0),
+    "centers of values": bad("center.value", T.ARRAY, CENTERS.tolist(), T.FLOAT32),
     # the rest
     "unknown key": bad("tq5_mse.codebook", T.ARRAY, LEVELS, T.FLOAT32),
     "no hash": bad("hash"),

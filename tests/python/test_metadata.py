@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metadata_vectors import VECTORS
+from metadata_vectors import CENTERS, HPARAMS, VECTORS
 from typer.testing import CliRunner
 
 from ggml_tq import gguf_file, metadata
 from ggml_tq.calibrate import normalized, params_of
+from ggml_tq.center import Centers
 from ggml_tq.cli import app
 from ggml_tq.codebook import from_samples, solve
 from ggml_tq.gguf_file import GgufError, read_header
@@ -63,7 +64,7 @@ def test_stamp_keeps_all_else(model: Path, tmp_path: Path) -> None:
     run("stamp", model, "-o", out, "--seed", "0x10", "--sketch-seed", "17")
     old, new = gguf.GGUFReader(model), gguf.GGUFReader(out)
     ours = [key for key in new.fields if key.startswith("turboquant.")]
-    assert len(ours) == 5 + 6 + 3 + 3
+    assert len(ours) == 5 + 6 + 3 + 1 + 3
     counts = ("GGUF.kv_count",)
     for key, f in old.fields.items():
         if key not in counts:
@@ -73,7 +74,7 @@ def test_stamp_keeps_all_else(model: Path, tmp_path: Path) -> None:
         assert a.data.tobytes() == b.data.tobytes()
     assert (new.data_offset % 64, new.alignment) == (0, 64)
     assert model.read_bytes()[old.data_offset :] == out.read_bytes()[new.data_offset :]
-    assert metadata.read(out)[1].hash == Params(0x10, 17).hash
+    assert metadata.read(out)[1].params.hash == Params(0x10, 17).hash
     assert new.fields["turboquant.rotation.seed"].contents() == 0x10
     np.testing.assert_array_equal(
         np.array(new.fields["turboquant.tq3_mse.codebook"].contents(), np.float32), solve(3, 64).centroids_f32
@@ -94,7 +95,7 @@ def test_a_second_stamp_replaces_the_first_in_place(model: Path, tmp_path: Path)
     inode = out.stat().st_ino
     run("stamp", out, "--in-place", "--seed", "2", "--codebooks", "gaussian")
     assert out.stat().st_ino == inode
-    assert metadata.read(out)[1].rotation_seed == 2
+    assert metadata.read(out)[1].params.rotation_seed == 2
     assert model.read_bytes()[read_header(model).data_start :] == out.read_bytes()[read_header(out).data_start :]
     # no room for the whole set in a fresh file's padding, nor may the data move up
     before = model.read_bytes()
@@ -124,7 +125,7 @@ def test_an_interrupted_change_in_place_is_undone(model: Path, tmp_path: Path, m
     assert out.read_bytes() != before
     assert "interrupted" in run("inspect", out, status=1)
     run("stamp", out, "--in-place", "--seed", "3")
-    assert metadata.read(out)[1].rotation_seed == 3
+    assert metadata.read(out)[1].params.rotation_seed == 3
     assert files(out) == ["model.gguf", "out.gguf"]
     data_start = read_header(out).data_start
     assert out.read_bytes()[data_start:] == before[data_start:]
@@ -145,17 +146,83 @@ def test_calibrated_codebooks(tmp_path: Path) -> None:
         assert params.quantizers[name].kappa == pytest.approx(q.kappa, rel=0.03)
 
 
+def with_key_bias(path: Path, name: str = "blk.1.attn_k.bias") -> Path:
+    """A file with the hyperparameters of the vectors, and a tensor ``name``."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for e in HPARAMS[1:]:
+        writer.add_uint32(e.key, e.value)
+    writer.add_tensor("token_embd.weight", np.zeros(64, np.float32))
+    writer.add_tensor(name, np.arange(128, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("blk.1.attn_k.bias", "bias"),
+        ("blk.0.attn_qkv.bias", "bias"),
+        ("blk.0.attn_q.bias", "none"),
+        ("blk.0.attn_k_norm.bias", "none"),
+        ("v.blk.0.attn_k.bias", "none"),
+    ],
+)
+def test_centers_are_the_bias_where_there_is_one(tmp_path: Path, name: str, kind: str) -> None:
+    path, out = with_key_bias(tmp_path / "model.gguf", name), tmp_path / "out.gguf"
+    assert f"centered by: {kind}" in run("inspect", path)
+    assert f"center {kind}" in run("stamp", path, "-o", out)
+    assert metadata.read(out)[1].centers == Centers(kind)
+    assert f"centered by: {kind}" in run("inspect", out)
+    (bias,) = [t for t in gguf_file.tensors(read_header(out)) if t.name == name]
+    np.testing.assert_array_equal(gguf_file.read_vector(read_header(out), bias), np.arange(128))
+
+
+def test_a_stamp_keeps_centers(tmp_path: Path) -> None:
+    path = with_key_bias(tmp_path / "model.gguf")
+    mean, again, other = (tmp_path / f"{name}.gguf" for name in ("mean", "again", "other"))
+    origin = {"center.text": "a text", "codebooks": "sphere"}
+    metadata.stamp(path, mean, DEFAULT, origin, centers=Centers("mean", CENTERS))
+    shown = json.loads(run("inspect", mean, "--json"))["parameters"]
+    assert shown["center"]["kind"] == "mean"
+    assert shown["center"]["rms"] == pytest.approx([np.sqrt(np.mean(m**2)) for m in np.split(CENTERS, 2)], rel=1e-6)
+    assert "centers of 2 layers" in run("inspect", mean)
+
+    run("stamp", mean, "-o", again, "--seed", "3", "--codebooks", "gaussian")
+    found = metadata.read(again)[1]
+    assert found.params.rotation_seed == 3
+    np.testing.assert_array_equal(found.centers.key, CENTERS)
+    kept = metadata.provenance_of(read_header(again))
+    assert (kept["center.text"], kept["codebooks"]) == ("a text", "gaussian")
+
+    run("stamp", again, "-o", other, "--center", "none")
+    assert metadata.read(other)[1].centers == Centers("none")
+    assert "center.text" not in metadata.provenance_of(read_header(other))
+    run("stamp", other, "--in-place", "--seed", "4")
+    assert metadata.read(other)[1].centers == Centers("none")  # not the default, which is the bias
+
+    header = read_header(path)
+    damaged = tmp_path / "damaged.gguf"
+    gguf_file.write_copy(header, [*header.entries, *VECTORS["an edited center"].entries()], damaged)
+    assert "turboquant.center.hash" in run("stamp", damaged, "-o", tmp_path / "x.gguf", status=1)
+    run("stamp", damaged, "-o", tmp_path / "y.gguf", "--center", "bias")
+
+
 @pytest.mark.parametrize("name", VECTORS)
 def test_vectors(name: str) -> None:
     """The runtime gets the same vectors in test_fork_metadata.py."""
     vector = VECTORS[name]
+    entries = [*HPARAMS, *vector.entries()]
     if vector.refused is None:
-        params = metadata.from_entries(vector.entries())
-        assert params is not None
-        assert params.hash == vector.params.hash
+        found = metadata.from_entries(entries)
+        assert found is not None
+        assert found.params.hash == vector.params.hash
+        assert (found.centers.kind, found.centers.hash) == (vector.centers.kind, vector.centers.hash)
     else:
         with pytest.raises(ParamsError) as e:
-            metadata.from_entries(vector.entries())
+            metadata.from_entries(entries)
         assert e.value.key == metadata.PREFIX + vector.refused
 
 
@@ -167,8 +234,9 @@ def test_inspect(model: Path, tmp_path: Path) -> None:
     found = json.loads(run("inspect", out, "--json"))
     assert found["valid"]
     assert found["parameters"]["provenance"]["codebooks"] == "gaussian"
-    assert found["parameters"]["hash"] == f"{metadata.read(out)[1].hash:016x}"
+    assert found["parameters"]["hash"] == f"{metadata.read(out)[1].params.hash:016x}"
     assert found["parameters"]["types"]["tq2_mse"]["centroids"] == solve(2, None).centroids_f32.tolist()
+    assert found["parameters"]["center"] == {"kind": "none", "hash": None, "rms": []}
     assert "1.5104" in run("inspect", out)
 
     header = read_header(model)
@@ -283,7 +351,11 @@ def test_parts_of_split_and_models_without_tensors(tmp_path: Path) -> None:
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_random_damage_is_an_error_or_harmless(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    entries = [*VECTORS["built-in"].entries(), gguf_file.encode_entry("x", gguf.GGUFValueType.STRING, "y" * 9)]
+    entries = [
+        *HPARAMS,
+        *VECTORS["centered by means"].entries(),
+        gguf_file.encode_entry("x", gguf.GGUFValueType.STRING, "y" * 9),
+    ]
     raw = struct.pack("<4sIQQ", b"GGUF", 3, 0, len(entries)) + b"".join(e.raw for e in entries)
     at = data.draw(st.integers(0, len(raw) - 1))
     damaged = raw[:at] + bytes([data.draw(st.integers(0, 255))]) + raw[at + 1 :]
@@ -291,7 +363,7 @@ def test_random_damage_is_an_error_or_harmless(data: st.DataObject, tmp_path_fac
     path = tmp_path_factory.mktemp("damage") / "x.gguf"
     path.write_bytes(damaged)
     try:
-        _, params = metadata.read(path)
+        _, found = metadata.read(path)
     except (GgufError, ParamsError):
         return
-    assert params is None or params.hash == DEFAULT.hash
+    assert found is None or (found.params.hash, found.centers.hash) == (DEFAULT.hash, Centers("mean", CENTERS).hash)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ggml_tq import codec, native, transform, trellis
+from ggml_tq import center, codec, native, transform, trellis
 from ggml_tq.cache_types import CODEBOOK_TYPES, QUERY_BYTES, TYPES, TqType
 from ggml_tq.params import DEFAULT, Params, Quantizer
 
@@ -156,3 +156,17 @@ def test_golden_vectors(tq: TqType) -> None:
             np.testing.assert_array_equal(implementation.encode(x, tq, params), want)
             decoded = implementation.decode(want, tq, params)
             np.testing.assert_array_equal(decoded, golden[f"{name}/{tq.name}/decoded"])
+
+
+@pytest.mark.parametrize("neox", [False, True])
+def test_golden_centers(neox: bool) -> None:
+    golden = np.load(GOLDEN)
+    freqs, m, positions = (golden[f"center/{name}"] for name in ("freqs", "m", "positions"))
+    want = golden["center/neox" if neox else "center/pairs"]
+    for table in (center.make_table(freqs), native.center_table(freqs)):
+        turn = center.Turn(table, neox)
+        np.testing.assert_array_equal(turn.apply(m, positions), want)
+        for head in range(len(m)):
+            x = np.zeros_like(want[:, head])
+            native.center_add(turn, m[head], positions, 1, x)
+            np.testing.assert_array_equal(x, want[:, head])
