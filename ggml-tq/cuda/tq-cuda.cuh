@@ -1,0 +1,34 @@
+#pragma once
+
+// The TurboQuant cache types on CUDA: what the hooks in ggml-cuda call. docs/format.md is the specification.
+//
+// Rows are encoded (SET_ROWS, CPY) and decoded (GET_ROWS, CPY, the f16 keys and values of FLASH_ATTN_EXT) a warp a block
+// of 64 coordinates. Every kernel takes the parameters in use (seeds, codebooks) as an argument, so nothing has to be
+// uploaded and nothing can be stale.
+
+#include "convert.cuh"
+#include "ggml-tq-traits.h"
+
+// tables of ggml_get_to_{fp16,bf16,fp32}_cuda and their _nc variants; T is half, nv_bfloat16 or float
+template <typename T> to_t_cuda_t<T>    ggml_tq_cuda_get_to   (ggml_type type);
+template <typename T> to_t_nc_cuda_t<T> ggml_tq_cuda_get_to_nc(ggml_type type);
+
+// SET_ROWS from F32; src[3..5], if set, center the rows (section 10): positions I32 [n_rows], centers F32 [head_dim,
+// n_head_kv], table F32 [n_rot, 768]
+void ggml_tq_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+bool ggml_tq_cuda_set_rows_supported(const ggml_tensor * dst);
+
+// GET_ROWS to F32, F16 or BF16
+void ggml_tq_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+
+// CPY and DUP between F32 and one of the types
+void ggml_tq_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst);
+bool ggml_tq_cuda_cpy_supported(const ggml_tensor * src, const ggml_tensor * dst);
+
+// FLASH_ATTN_EXT: decodes all of K = dst->src[1] to k_f16[head_dim, n_kv, n_head_kv, n_stream], contiguous, and returns it;
+// nb1..nb3 become its strides in bytes. dst->src[5..7], if set, are the centers that are added back: positions of the cells
+// I32 [n_kv, n_stream], centers and table as above.
+const char * ggml_tq_cuda_keys_to_f16(const ggml_tensor * dst, half * k_f16, size_t & nb1, size_t & nb2, size_t & nb3, cudaStream_t stream);
+
+// whether dst->src[first .. first+2] are no centers, or centers that rows of the type and head dim of k can have
+bool ggml_tq_cuda_center_supported(const ggml_tensor * dst, const ggml_tensor * k, int first);

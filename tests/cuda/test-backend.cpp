@@ -1,0 +1,465 @@
+// A device's ops on the cache types against the C library: rows that SET_ROWS and CPY encode must be equal to the bit, and so
+// must what GET_ROWS and CPY decode; FLASH_ATTN_EXT is compared with attention in double precision, with and without centered
+// keys, over views as a cache's. Also with parameters that are not the built-in ones.
+// usage: test-backend [device]
+
+#include "ggml.h"
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "ggml-tq-names.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <vector>
+
+static ggml_backend_t backend;
+static int n_bad   = 0;
+static int n_tests = 0;
+static double worst = 0.0; // error of attention, mean square relative to the output's
+
+static void report(bool ok, const char * what, ggml_type type, const std::string & detail) {
+    n_tests++;
+    if (!ok) {
+        n_bad++;
+        printf("FAIL %s %s: %s\n", what, ggml_type_name(type), detail.c_str());
+    }
+}
+
+// one op on tensors of its own: make() builds it, set() fills its sources
+struct run {
+    ggml_context_ptr        ctx { ggml_init({ 32*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
+    ggml_backend_buffer_ptr buffer;
+    std::vector<std::pair<ggml_tensor *, std::function<void(ggml_tensor *)>>> inputs;
+
+    ggml_tensor * input(ggml_tensor * t, std::function<void(ggml_tensor *)> set) {
+        inputs.push_back({ t, set });
+        return t;
+    }
+
+    template <typename T> ggml_tensor * input(ggml_tensor * t, const std::vector<T> & data) {
+        GGML_ASSERT(ggml_nbytes(t) == data.size()*sizeof(T));
+        return input(t, [data](ggml_tensor * t) { ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t)); });
+    }
+
+    bool compute(ggml_tensor * op) {
+        if (!ggml_backend_supports_op(backend, op)) {
+            return false;
+        }
+        ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), 16, false);
+        ggml_build_forward_expand(graph, op);
+        buffer.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
+        ggml_backend_buffer_clear(buffer.get(), 0x5a); // what is not written shows
+        for (auto & [tensor, set] : inputs) {
+            set(tensor);
+        }
+        return ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS;
+    }
+};
+
+template <typename T> static std::vector<T> get(ggml_tensor * t) {
+    std::vector<T> data(ggml_nbytes(t)/sizeof(T));
+    ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));
+    return data;
+}
+
+// blocks as they come, and what the format treats apart
+static std::vector<float> make_rows(size_t n, std::mt19937_64 & rng) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(n);
+    for (size_t b = 0; b < n/64; ++b) {
+        const float scale = std::ldexp(1.0f, (int) (rng() % 3) == 0 ? (int) (rng() % 80) - 60 : 0);
+        float * v = x.data() + 64*b;
+        for (int j = 0; j < 64; ++j) {
+            v[j] = normal(rng)*scale;
+        }
+        switch (rng() % 24) {
+            case 0: v[rng() % 64] *= 1000.0f;                           break;
+            case 1: std::fill(v, v + 64, scale);                        break;
+            case 2: std::fill(v, v + 64, 0.0f); v[rng() % 64] = scale;  break;
+            case 3: std::fill(v, v + 64, 0.0f);                         break;
+            case 4: v[rng() % 64] = NAN;                                break;
+            case 5: v[rng() % 64] = INFINITY;                           break;
+            case 6: std::fill(v, v + 64, -3.4e38f);                     break;
+            case 7: std::fill(v, v + 64, 0.0f); v[0] = 0x1p-60f;        break;
+            case 8: for (int j = 0; j < 64; ++j) { v[j] = j % 2 ? 1e-42f : 1e38f; } break;
+            case 9: for (int j = 0; j < 64; ++j) { v[j] = normal(rng)*7e-8f; }      break;
+            default: break;
+        }
+    }
+    return x;
+}
+
+static std::vector<uint8_t> encode(ggml_type type, const std::vector<float> & x) {
+    std::vector<uint8_t> packed(ggml_row_size(type, (int64_t) x.size()));
+    tq_encode(ggml_tq_params(), ggml_tq_type_of(type), x.data(), packed.data(), (int64_t) x.size());
+    return packed;
+}
+
+static std::vector<float> decode(ggml_type type, const std::vector<uint8_t> & packed) {
+    std::vector<float> x(packed.size()/ggml_type_size(type)*TQ_BLOCK_SIZE);
+    tq_decode(ggml_tq_params(), ggml_tq_type_of(type), packed.data(), x.data(), (int64_t) x.size());
+    return x;
+}
+
+static void compare(const char * what, ggml_type type, const std::vector<float> & want, const std::vector<float> & got) {
+    size_t n = 0;
+    size_t first = 0;
+    for (size_t i = 0; i < want.size(); ++i) {
+        if (memcmp(&want[i], &got[i], sizeof(float)) != 0 && !(std::isnan(want[i]) && std::isnan(got[i]))) {
+            first = n++ == 0 ? i : first;
+        }
+    }
+    char detail[160];
+    snprintf(detail, sizeof(detail), "%zu of %zu numbers differ, number %zu is %a, want %a", n, want.size(), first, got[first], want[first]);
+    report(n == 0 && want.size() == got.size(), what, type, detail);
+}
+
+// rows[i] of n_row values are row index[i] of got; the others are untouched
+static void compare_rows(const char * what, ggml_type type, int64_t n_row, const std::vector<float> & rows,
+        const std::vector<int64_t> & index, const std::vector<uint8_t> & got) {
+    const size_t nb = ggml_row_size(type, n_row);
+    std::vector<uint8_t> want(got.size(), 0x5a);
+    const std::vector<uint8_t> packed = encode(type, rows);
+    for (size_t i = 0; i < index.size(); ++i) {
+        memcpy(want.data() + index[i]*nb, packed.data() + i*nb, nb);
+    }
+    size_t n = 0;
+    size_t first = 0;
+    const size_t size = ggml_type_size(type);
+    for (size_t b = 0; b < want.size()/size; ++b) {
+        if (memcmp(want.data() + b*size, got.data() + b*size, size) != 0) {
+            first = n++ == 0 ? b : first;
+        }
+    }
+    report(n == 0, what, type, std::to_string(n) + " of " + std::to_string(want.size()/size) + " blocks differ, the first is " + std::to_string(first));
+}
+
+static void test_set_rows(ggml_type type, std::mt19937_64 & rng, bool index_64, int64_t n_row, int64_t n, int64_t pad) {
+    run r;
+    const std::vector<float> x = make_rows(n_row*n, rng);
+    std::vector<int64_t> index(n + 7);
+    std::iota(index.begin(), index.end(), 0);
+    std::shuffle(index.begin(), index.end(), rng);
+    index.resize(n);
+    ggml_tensor * dst = ggml_new_tensor_2d(r.ctx.get(), type, n_row, n + 7);
+    ggml_tensor * all = ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, n_row + pad, n); // rows of a larger tensor
+    ggml_tensor * src = ggml_view_2d(r.ctx.get(), all, n_row, n, all->nb[1], 0);
+    r.input(all, [&](ggml_tensor * t) {
+        for (int64_t i = 0; i < n; ++i) {
+            ggml_backend_tensor_set(t, x.data() + i*n_row, i*t->nb[1], n_row*sizeof(float));
+        }
+    });
+    ggml_tensor * idx = ggml_new_tensor_1d(r.ctx.get(), index_64 ? GGML_TYPE_I64 : GGML_TYPE_I32, n);
+    if (index_64) {
+        r.input(idx, index);
+    } else {
+        r.input(idx, std::vector<int32_t>(index.begin(), index.end()));
+    }
+    if (!r.compute(ggml_set_rows(r.ctx.get(), dst, src, idx))) {
+        report(false, "SET_ROWS", type, "not supported");
+        return;
+    }
+    compare_rows("SET_ROWS", type, n_row, x, index, get<uint8_t>(dst));
+}
+
+static void test_copies(ggml_type type, std::mt19937_64 & rng) {
+    const int64_t ne[3] = { 192, 5, 7 };
+    const std::vector<float>   x = make_rows(ne[0]*ne[1]*ne[2], rng);
+    const std::vector<uint8_t> p = encode(type, x);
+    const std::vector<float>   y = decode(type, p);
+    {
+        run r;
+        ggml_tensor * dst = ggml_new_tensor_3d(r.ctx.get(), type, ne[0], ne[1], ne[2]);
+        ggml_tensor * src = r.input(ggml_new_tensor_3d(r.ctx.get(), GGML_TYPE_F32, ne[0], ne[1], ne[2]), x);
+        report(r.compute(ggml_cpy(r.ctx.get(), src, dst)), "CPY to", type, "not supported");
+        report(get<uint8_t>(dst) == p, "CPY to", type, "the rows differ");
+    }
+    {
+        run r;
+        ggml_tensor * src = r.input(ggml_new_tensor_3d(r.ctx.get(), type,          ne[0], ne[1], ne[2]), p);
+        ggml_tensor * dst = ggml_new_tensor_1d        (r.ctx.get(), GGML_TYPE_F32, ne[0]*ne[1]*ne[2]); // another shape
+        report(r.compute(ggml_cpy(r.ctx.get(), src, dst)), "CPY from", type, "not supported");
+        compare("CPY from", type, y, get<float>(dst));
+    }
+    {
+        run r; // rows of a permuted tensor
+        ggml_tensor * src = r.input(ggml_new_tensor_3d(r.ctx.get(), type,          ne[0], ne[1], ne[2]), p);
+        ggml_tensor * dst = ggml_new_tensor_3d        (r.ctx.get(), GGML_TYPE_F32, ne[0], ne[2], ne[1]);
+        report(r.compute(ggml_cpy(r.ctx.get(), ggml_permute(r.ctx.get(), src, 0, 2, 1, 3), dst)), "CPY from permuted", type, "not supported");
+        std::vector<float> want;
+        for (int64_t i = 0; i < ne[1]; ++i) {
+            for (int64_t j = 0; j < ne[2]; ++j) {
+                const auto row = y.begin() + (j*ne[1] + i)*ne[0];
+                want.insert(want.end(), row, row + ne[0]);
+            }
+        }
+        compare("CPY from permuted", type, want, get<float>(dst));
+    }
+    {
+        run r;
+        const std::vector<int32_t> index = { 3, 0, 34, 3, 17 };
+        ggml_tensor * src = r.input(ggml_new_tensor_2d(r.ctx.get(), type, ne[0], ne[1]*ne[2]), p);
+        ggml_tensor * idx = r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I32, (int64_t) index.size()), index);
+        ggml_tensor * dst = ggml_get_rows(r.ctx.get(), src, idx);
+        report(r.compute(dst), "GET_ROWS", type, "not supported");
+        std::vector<float> want;
+        for (const int32_t i : index) {
+            want.insert(want.end(), y.begin() + i*ne[0], y.begin() + (i + 1)*ne[0]);
+        }
+        compare("GET_ROWS", type, want, get<float>(dst));
+    }
+    {
+        run r; // any bytes decode
+        std::vector<uint8_t> noise(p.size());
+        for (uint8_t & b : noise) {
+            b = (uint8_t) rng();
+        }
+        ggml_tensor * src = r.input(ggml_new_tensor_1d(r.ctx.get(), type, ne[0]*ne[1]*ne[2]), noise);
+        ggml_tensor * dst = ggml_new_tensor_1d        (r.ctx.get(), GGML_TYPE_F32, ne[0]*ne[1]*ne[2]);
+        report(r.compute(ggml_cpy(r.ctx.get(), src, dst)), "CPY of noise", type, "not supported");
+        compare("CPY of noise", type, decode(type, noise), get<float>(dst));
+    }
+}
+
+//
+// centered keys
+//
+
+struct centers {
+    int64_t head_dim, n_head;
+    int32_t n_rot, neox;
+    std::vector<float> m, table;
+
+    centers(int64_t head_dim, int64_t n_head, int32_t n_rot, int32_t neox, std::mt19937_64 & rng) :
+            head_dim(head_dim), n_head(n_head), n_rot(n_rot), neox(neox), m(head_dim*n_head), table(std::max(1, n_rot)*TQ_CENTER_ROWS) {
+        std::normal_distribution<float> normal;
+        for (float & v : m) {
+            v = 3.0f*normal(rng);
+        }
+        std::vector<double> freqs(n_rot/2);
+        for (int i = 0; i < n_rot/2; ++i) {
+            freqs[i] = std::pow(10000.0, -2.0*i/n_rot);
+        }
+        tq_center_make_table(freqs.data(), n_rot, table.data());
+    }
+
+    void add(int64_t head, int32_t pos, float sign, float * key) const {
+        const tq_center c = { (int32_t) head_dim, n_rot, neox, table.data() };
+        tq_center_add(&c, m.data() + head*head_dim, pos, sign, key);
+    }
+
+    void attach(run & r, ggml_tensor * op, int first, ggml_tensor * pos) const {
+        op->src[first]     = pos;
+        op->src[first + 1] = r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, head_dim, n_head), m);
+        op->src[first + 2] = r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, std::max(1, n_rot), TQ_CENTER_ROWS), table);
+        op->src[first + 2]->op_params[0] = neox;
+        op->src[first + 2]->op_params[1] = n_rot;
+    }
+};
+
+static std::vector<int32_t> make_positions(size_t n, std::mt19937_64 & rng) {
+    std::vector<int32_t> pos(n);
+    for (size_t i = 0; i < n; ++i) {
+        pos[i] = i % 5 == 0 ? (int32_t) (rng() % 0x1000000) : (int32_t) (rng() % 3000);
+    }
+    pos[0] = 0;
+    return pos;
+}
+
+static void test_set_rows_centered(ggml_type type, std::mt19937_64 & rng, int32_t n_rot, int32_t neox) {
+    run r;
+    const int64_t n = 11;
+    const centers c(128, 3, n_rot, neox, rng);
+    const int64_t n_row = c.head_dim*c.n_head;
+    std::normal_distribution<float> normal;
+    std::vector<float> x(n_row*n);
+    for (float & v : x) {
+        v = 4.0f*normal(rng);
+    }
+    const std::vector<int32_t> pos = make_positions(n, rng);
+    std::vector<int64_t> index(n);
+    std::iota(index.begin(), index.end(), 2);
+    ggml_tensor * dst = ggml_new_tensor_2d(r.ctx.get(), type, n_row, n + 4);
+    ggml_tensor * src = r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, n_row, n), x);
+    ggml_tensor * idx = r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I64, n), index);
+    ggml_tensor * op  = ggml_set_rows(r.ctx.get(), dst, src, idx);
+    c.attach(r, op, 3, r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I32, n), pos));
+    if (!r.compute(op)) {
+        report(false, "SET_ROWS centered", type, "not supported");
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t h = 0; h < c.n_head; ++h) {
+            c.add(h, pos[i], -1.0f, x.data() + i*n_row + h*c.head_dim);
+        }
+    }
+    compare_rows("SET_ROWS centered", type, n_row, x, index, get<uint8_t>(dst));
+}
+
+//
+// attention
+//
+
+struct attn_case {
+    ggml_type type_k, type_v;
+    int64_t d_k, d_v, n_head, n_head_kv, n_kv, n_q, n_stream;
+    bool    centered;
+};
+
+// keys or values [d, n_kv, n_head, n_stream] as a cache holds them: [d*n_head, cells, n_stream], more cells than n_kv
+static ggml_tensor * cache_view(run & r, ggml_type type, const attn_case & c, int64_t d, const std::vector<uint8_t> & packed) {
+    const int64_t n_cells = c.n_kv + 64;
+    ggml_tensor * all = ggml_new_tensor_3d(r.ctx.get(), type, d*c.n_head_kv, n_cells, c.n_stream);
+    r.input(all, [&packed, n_stream = c.n_stream, n_kv = c.n_kv](ggml_tensor * t) {
+        for (int64_t s = 0; s < n_stream; ++s) {
+            ggml_backend_tensor_set(t, packed.data() + s*n_kv*t->nb[1], s*t->nb[2], n_kv*t->nb[1]);
+        }
+    });
+    return ggml_view_4d(r.ctx.get(), all, d, c.n_kv, c.n_head_kv, c.n_stream, all->nb[1], ggml_row_size(type, d), all->nb[2], 0);
+}
+
+static std::vector<uint8_t> pack(ggml_type type, std::vector<float> & x, int64_t n) { // x becomes what a reader sees
+    std::vector<uint8_t> packed(ggml_row_size(type, (int64_t) x.size()));
+    ggml_quantize_chunk(type, x.data(), packed.data(), 0, (int64_t) x.size()/n, n, nullptr);
+    ggml_get_type_traits(type)->to_float(packed.data(), x.data(), (int64_t) x.size());
+    return packed;
+}
+
+static void test_attention(const attn_case & c, std::mt19937_64 & rng) {
+    run r;
+    std::normal_distribution<float> normal;
+    std::vector<float> q(c.d_k*c.n_q*c.n_head*c.n_stream);
+    std::vector<float> k(c.d_k*c.n_head_kv*c.n_kv*c.n_stream); // [d, head, cell, stream]
+    std::vector<float> v(c.d_v*c.n_head_kv*c.n_kv*c.n_stream);
+    for (float & x : q) { x = normal(rng); }
+    for (float & x : k) { x = normal(rng); }
+    for (float & x : v) { x = normal(rng); }
+    const std::vector<uint8_t> kp = pack(c.type_k, k, c.d_k);
+    const std::vector<uint8_t> vp = pack(c.type_v, v, c.d_v);
+    const centers m(c.d_k, c.n_head_kv, (int32_t) c.d_k/2, 1, rng);
+    const std::vector<int32_t> pos = make_positions(c.n_kv*c.n_stream, rng);
+    if (c.centered) {
+        for (int64_t i = 0; i < c.n_kv*c.n_stream; ++i) {
+            for (int64_t h = 0; h < c.n_head_kv; ++h) {
+                m.add(h, pos[i], 1.0f, k.data() + (i*c.n_head_kv + h)*c.d_k);
+            }
+        }
+    }
+    // a cell is seen or not
+    std::vector<ggml_fp16_t> mask(c.n_kv*c.n_q*c.n_stream);
+    std::vector<bool>        seen(mask.size());
+    for (size_t i = 0; i < mask.size(); ++i) {
+        seen[i] = i % c.n_kv == 0 || rng() % 8 != 0;
+        mask[i] = ggml_fp32_to_fp16(seen[i] ? 0.0f : -INFINITY);
+    }
+
+    ggml_tensor * tq = r.input(ggml_new_tensor_4d(r.ctx.get(), GGML_TYPE_F32, c.d_k, c.n_q, c.n_head, c.n_stream), q);
+    ggml_tensor * tk = cache_view(r, c.type_k, c, c.d_k, kp);
+    ggml_tensor * tv = cache_view(r, c.type_v, c, c.d_v, vp);
+    ggml_tensor * tm = r.input(ggml_new_tensor_4d(r.ctx.get(), GGML_TYPE_F16, c.n_kv, c.n_q, 1, c.n_stream), mask);
+    const float scale = 1.0f/std::sqrt((float) c.d_k);
+    ggml_tensor * out = ggml_flash_attn_ext(r.ctx.get(), tq, tk, tv, tm, scale, 0.0f, 0.0f);
+    ggml_prec_set_acc(out, GGML_PREC_F32);
+    if (c.centered) {
+        m.attach(r, out, 5, r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_I32, c.n_kv, c.n_stream), pos));
+    }
+    char what[160];
+    snprintf(what, sizeof(what), "V %s, head dims %d/%d, %d/%d heads, %d cells, %d queries, %d streams%s", ggml_type_name(c.type_v),
+        (int) c.d_k, (int) c.d_v, (int) c.n_head, (int) c.n_head_kv, (int) c.n_kv, (int) c.n_q, (int) c.n_stream, c.centered ? ", centered" : "");
+    if (!r.compute(out)) {
+        report(false, "FLASH_ATTN_EXT", c.type_k, std::string(what) + ": not supported");
+        return;
+    }
+    const std::vector<float> got = get<float>(out); // [d_v, head, query, stream]
+
+    double err  = 0.0;
+    double norm = 0.0;
+    std::vector<double> w(c.n_kv);
+    std::vector<double> want(c.d_v);
+    for (int64_t s = 0; s < c.n_stream; ++s) {
+        for (int64_t h = 0; h < c.n_head; ++h) {
+            const int64_t hkv = h/(c.n_head/c.n_head_kv);
+            for (int64_t iq = 0; iq < c.n_q; ++iq) {
+                const float * qr = q.data() + ((s*c.n_head + h)*c.n_q + iq)*c.d_k;
+                double sum = 0.0;
+                std::fill(want.begin(), want.end(), 0.0);
+                for (int64_t i = 0; i < c.n_kv; ++i) {
+                    const float * kr = k.data() + ((s*c.n_kv + i)*c.n_head_kv + hkv)*c.d_k;
+                    const float * vr = v.data() + ((s*c.n_kv + i)*c.n_head_kv + hkv)*c.d_v;
+                    if (!seen[(s*c.n_q + iq)*c.n_kv + i]) {
+                        continue;
+                    }
+                    double dot = 0.0;
+                    for (int64_t j = 0; j < c.d_k; ++j) {
+                        dot += (double) qr[j]*kr[j];
+                    }
+                    const double e = std::exp(dot*scale);
+                    sum += e;
+                    for (int64_t j = 0; j < c.d_v; ++j) {
+                        want[j] += e*vr[j];
+                    }
+                }
+                const float * row = got.data() + ((s*c.n_q + iq)*c.n_head + h)*c.d_v;
+                for (int64_t j = 0; j < c.d_v; ++j) {
+                    err  += std::pow(row[j] - want[j]/sum, 2);
+                    norm += std::pow(want[j]/sum, 2);
+                }
+            }
+        }
+    }
+    // f16 keys, values and weights on a GPU, 8-bit queries on the CPU
+    const bool ok = err/norm < 5e-4;
+    report(ok, "FLASH_ATTN_EXT", c.type_k, std::string(what) + ": error " + std::to_string(err/norm));
+    worst = std::max(worst, err/norm);
+}
+
+int main(int argc, char ** argv) {
+    ggml_backend_load_all();
+    const char * name = argc > 1 ? argv[1] : "CUDA0";
+    ggml_backend_dev_t dev = ggml_backend_dev_by_name(name);
+    if (!dev) {
+        fprintf(stderr, "no device %s\n", name);
+        return 1;
+    }
+    backend = ggml_backend_dev_init(dev, nullptr);
+
+    std::mt19937_64 rng(1);
+    for (int set = 0; set < 2; ++set) {
+        for (const ggml_type type : { GGML_TQ_TYPE_LIST }) {
+            test_set_rows(type, rng, true,  64,   1,   0);
+            test_set_rows(type, rng, true,  1024, 65,  0);
+            test_set_rows(type, rng, false, 256,  301, 32);
+            test_copies(type, rng);
+            for (const int32_t n_rot : { 0, 32, 96, 128 }) {
+                test_set_rows_centered(type, rng, n_rot, 0);
+                test_set_rows_centered(type, rng, n_rot, 1);
+            }
+        }
+        // once more with parameters that a model brings
+        static tq_params own = *tq_params_default();
+        const float codebook[4] = { -2.0f, -0.25f, 0.5f, 1.0f };
+        tq_params_set_seeds(&own, 1, 2);
+        tq_params_set_codebook(&own, TQ_TYPE_TQ2_MSE, codebook, 4);
+        tq_params_set_codebook(&own, TQ_TYPE_TQ3_QJL, codebook, 4);
+        tq_params_set_kappa(&own, TQ_TYPE_TQ3_QJL, 0.75f);
+        ggml_tq_set_params(set == 0 ? &own : nullptr);
+    }
+
+    for (const ggml_type type : { GGML_TQ_TYPE_LIST }) {
+        for (const bool centered : { false, true }) {
+            test_attention({ type, type,           64,  64,  4, 2, 256, 1,  1, centered }, rng);
+            test_attention({ type, GGML_TYPE_F16,  128, 128, 8, 2, 512, 1,  1, centered }, rng);
+            test_attention({ type, type,           128, 128, 6, 2, 256, 33, 2, centered }, rng);
+            test_attention({ type, GGML_TYPE_Q8_0, 256, 256, 4, 1, 300, 5,  1, centered }, rng);
+        }
+        test_attention({ GGML_TYPE_F16, type, 128, 128, 8, 2, 512, 7, 1, false }, rng);
+    }
+    printf("%s: %d tests, %d failed; attention's largest error %.1e\n", name, n_tests, n_bad, worst);
+    ggml_backend_free(backend);
+    return n_bad ? 1 : 0;
+}

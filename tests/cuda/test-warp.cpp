@@ -1,0 +1,172 @@
+// The device code that encodes and decodes a block, in an emulated warp, against the C library: bytes and floats must be
+// equal. Shows on machines without a GPU that the two do the same; what nvcc makes of it test-backend.cpp shows.
+// usage: test-warp [blocks]
+
+#include "warp.h"
+
+#include "tq-block.cuh"
+
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+static const tq_params * params = tq_params_default();
+
+template <tq_kind kind, int bits> static void encode(const tq_codec & codec, const float * x, uint16_t * block) {
+    if constexpr (kind == TQ_KIND_TCQ) { // the kernel searches in a warp for each multiple
+        static tq_search<bits> search;
+        static tq_codes codes[TQ_N_MULTIPLES][32];
+        float quality[TQ_N_MULTIPLES] = {};
+        for (int k = 0; k < TQ_N_MULTIPLES; ++k) {
+            warp::run([&](int lane) {
+                const tq_unit n = tq_normalize(codec, make_float2(x[lane], x[lane + 32]), lane);
+                if (!n.empty) {
+                    float q;
+                    codes[k][lane] = tq_path<bits>(codec, codec.table, n.u, tq_multiple(k), search, q, lane);
+                    quality[k] = q;
+                }
+            });
+        }
+        const int best = tq_best(quality);
+        warp::run([&](int lane) {
+            const tq_unit n = tq_normalize(codec, make_float2(x[lane], x[lane + 32]), lane);
+            tq_store_block<kind, bits>(n, codes[best][lane], block, lane);
+        });
+    } else {
+        warp::run([&](int lane) {
+            const tq_unit  n     = tq_normalize(codec, make_float2(x[lane], x[lane + 32]), lane);
+            const tq_codes codes = tq_quantize<kind, bits>(codec, codec.table, n.u, lane);
+            tq_store_block<kind, bits>(n, codes, block, lane);
+        });
+    }
+}
+
+template <tq_kind kind, int bits> static void decode(const tq_codec & codec, const uint16_t * block, float * x) {
+    warp::run([&](int lane) {
+        const float2 v = tq_decode_block<kind, bits>(codec, codec.table, block, lane);
+        x[lane]      = v.x;
+        x[lane + 32] = v.y;
+    });
+}
+
+static void make_block(std::mt19937_64 & rng, int i, float * x) {
+    std::normal_distribution<float> normal;
+    static const float scales[] = { 1.0f, 1e-17f, 1e30f, 3e-19f, 100.0f, 1e-4f, 3e7f };
+    const float scale = scales[i % 7];
+    for (int j = 0; j < 64; ++j) {
+        x[j] = normal(rng)*scale;
+    }
+    switch (i % 16) {
+        case 1:  x[5] *= 1000.0f;                                        break; // an outlier
+        case 2:  std::fill(x, x + 64, scale);                            break; // constant: one rotated coordinate a sign pattern
+        case 3:  std::fill(x, x + 64, 0.0f); x[7] = scale;               break; // one coordinate: all rotated ones are equal in size
+        case 4:  std::fill(x, x + 64, 0.0f);                             break;
+        case 5:  x[63] = NAN;                                            break;
+        case 6:  x[32] = -INFINITY;                                      break;
+        case 7:  std::fill(x, x + 64, -3.4e38f);                         break; // saturates
+        case 8:  std::fill(x, x + 64, 0.0f); x[0] = 0x1p-60f;            break; // the smallest that is not dropped, and drops d
+        case 9:  for (int j = 0; j < 64; ++j) { x[j] = j % 2 ? 1e-42f : 1e38f; } break; // subnormals below
+        case 10: for (int j = 0; j < 64; ++j) { x[j] = normal(rng)*7e-8f; }     break; // d is subnormal
+        case 11: for (int j = 0; j < 64; ++j) { x[j] = std::round(x[j]/scale)*scale; } break; // ties
+        default: break;
+    }
+}
+
+template <tq_kind kind, int bits> static int test(tq_type type, int n_blocks) {
+    const tq_codec codec = tq_make_codec(params, type);
+    const size_t   size  = tq_get_type_info(type)->block_size;
+    std::mt19937_64 rng(17 + type);
+    int n_bad = 0;
+    for (int i = 0; i < n_blocks; ++i) {
+        float x[64];
+        make_block(rng, i, x);
+        uint16_t want[17] = {};
+        uint16_t got [17] = {};
+        tq_encode(params, type, x, want, 64);
+        encode<kind, bits>(codec, x, got);
+        if (memcmp(want, got, size) != 0) {
+            printf("%s: block %d: encoded otherwise than the C library does\n", tq_get_type_info(type)->name, i);
+            n_bad++;
+        }
+        if (i % 4 == 3) { // any bytes decode
+            for (size_t b = 0; b < size/2; ++b) {
+                want[b] = (uint16_t) rng();
+            }
+        }
+        float want_x[64];
+        float got_x [64];
+        tq_decode(params, type, want, want_x, 64);
+        decode<kind, bits>(codec, want, got_x);
+        for (int j = 0; j < 64; ++j) {
+            if (memcmp(&want_x[j], &got_x[j], sizeof(float)) != 0 && !(std::isnan(want_x[j]) && std::isnan(got_x[j]))) {
+                printf("%s: block %d: coordinate %d decoded to %a, want %a\n", tq_get_type_info(type)->name, i, j, got_x[j], want_x[j]);
+                n_bad++;
+                break;
+            }
+        }
+    }
+    return n_bad;
+}
+
+static int test_center() {
+    std::mt19937_64 rng(3);
+    std::normal_distribution<float> normal;
+    int n_bad = 0;
+    for (int n_rot : { 0, 64, 96, 128 }) {
+        std::vector<double> freqs(n_rot/2);
+        for (int i = 0; i < n_rot/2; ++i) {
+            freqs[i] = std::pow(10000.0, -2.0*i/n_rot);
+        }
+        std::vector<float> table(std::max(1, n_rot)*TQ_CENTER_ROWS);
+        tq_center_make_table(freqs.data(), n_rot, table.data());
+        std::vector<float> m(128);
+        for (float & v : m) {
+            v = normal(rng);
+        }
+        for (int neox = 0; neox < 2; ++neox) {
+            for (int pos : { 0, 1, 255, 256, 257, 65535, 65536, 65537, 1000000, 0xffffff, 0x1000001, -1 }) {
+                const tq_center     center = { 128, n_rot, neox, table.data() };
+                const tq_key_center device = { &pos, m.data(), table.data(), 128, n_rot, neox != 0 };
+                std::vector<float> want(128, 0.0f);
+                tq_center_add(&center, m.data(), pos, 1.0f, want.data());
+                for (int i = 0; i < 128; ++i) {
+                    if (want[i] != tq_center_at(device, 0, i, pos)) {
+                        printf("center: n_rot %d, position %d, coordinate %d: %a, want %a\n", n_rot, pos, i, tq_center_at(device, 0, i, pos), want[i]);
+                        n_bad++;
+                        break;
+                    }
+                }
+            }
+        }
+    }
+    return n_bad;
+}
+
+int main(int argc, char ** argv) {
+    const int n = argc > 1 ? atoi(argv[1]) : 256;
+    int n_bad = 0;
+    for (int set = 0; set < 2; ++set) {
+        n_bad += test<TQ_KIND_MSE, 2>(TQ_TYPE_TQ2_MSE, n);
+        n_bad += test<TQ_KIND_MSE, 3>(TQ_TYPE_TQ3_MSE, n);
+        n_bad += test<TQ_KIND_MSE, 4>(TQ_TYPE_TQ4_MSE, n);
+        n_bad += test<TQ_KIND_QJL, 2>(TQ_TYPE_TQ2_QJL, n);
+        n_bad += test<TQ_KIND_QJL, 3>(TQ_TYPE_TQ3_QJL, n);
+        n_bad += test<TQ_KIND_QJL, 4>(TQ_TYPE_TQ4_QJL, n);
+        n_bad += test<TQ_KIND_TCQ, 2>(TQ_TYPE_TQ2_TCQ, n);
+        n_bad += test<TQ_KIND_TCQ, 3>(TQ_TYPE_TQ3_TCQ, n);
+        n_bad += test<TQ_KIND_TCQ, 4>(TQ_TYPE_TQ4_TCQ, n);
+        // and once more with parameters that a model brings
+        static tq_params own = *tq_params_default();
+        const float codebook[4] = { -2.0f, -0.25f, 0.5f, 1.0f };
+        tq_params_set_seeds(&own, 1, 2);
+        tq_params_set_codebook(&own, TQ_TYPE_TQ2_MSE, codebook, 4);
+        tq_params_set_codebook(&own, TQ_TYPE_TQ3_QJL, codebook, 4);
+        tq_params_set_kappa(&own, TQ_TYPE_TQ3_QJL, 0.75f);
+        params = &own;
+    }
+    n_bad += test_center();
+    printf("%d blocks a type: %s\n", n, n_bad ? "FAILED" : "OK");
+    return n_bad ? 1 : 0;
+}
