@@ -27,15 +27,24 @@ endif()
 
 # the two lines that the patches put into upstream's CMakeLists call these
 function(ggml_tq_add_to target)
-    set(sources ${GGML_TQ_DIR}/src/tq.c ${GGML_TQ_DIR}/fork/hooks/ggml-tq-traits.c)
+    set(sources ${GGML_TQ_SOURCES} ${GGML_TQ_DIR}/fork/hooks/ggml-tq-traits.c)
     target_sources(${target} PRIVATE ${sources})
     target_include_directories(${target} PUBLIC
         $<BUILD_INTERFACE:${GGML_TQ_DIR}/include> $<BUILD_INTERFACE:${GGML_TQ_DIR}/fork/hooks>)
     set_source_files_properties(${sources} TARGET_DIRECTORY ${target} PROPERTIES COMPILE_OPTIONS "${GGML_TQ_FLAGS}")
 endfunction()
 
+# called by ggml-cuda's CMakeLists, which compiles with -use_fast_math; the encoder must not
+function(ggml_tq_cuda_add_to target)
+    set(sources ${GGML_TQ_DIR}/cuda/tq-decode.cu ${GGML_TQ_DIR}/cuda/tq-encode.cu ${GGML_TQ_DIR}/cuda/tq-ops.cu)
+    target_sources(${target} PRIVATE ${sources})
+    target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR} ${GGML_TQ_DIR}/cuda ${GGML_TQ_DIR}/src)
+    set_source_files_properties(${sources} TARGET_DIRECTORY ${target}
+        PROPERTIES COMPILE_OPTIONS "-fmad=false;-ftz=false;-prec-div=true;-prec-sqrt=true")
+endfunction()
+
 function(llama_tq_add_to target)
-    target_sources(${target} PRIVATE ${GGML_TQ_DIR}/fork/hooks/llama-tq.cpp)
+    target_sources(${target} PRIVATE ${GGML_TQ_DIR}/fork/hooks/llama-tq.cpp ${GGML_TQ_DIR}/fork/hooks/llama-tq-center.cpp)
 endfunction()
 
 # upstream's options: what this project builds, nothing that it would download

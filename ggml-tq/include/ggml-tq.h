@@ -2,13 +2,14 @@
 
 // ggml-tq: TurboQuant cache types as a portable C library. It needs neither ggml nor llama.cpp.
 //
-// A row of n floats (n a multiple of TQ_BLOCK_SIZE) becomes n/64 blocks: a randomized Hadamard rotation, Lloyd-Max
-// codes, one fp16 scale, and for the _qjl types one bit a coordinate of a QJL sketch of the residual.
-// docs/format.md is the specification; every function here follows it to the bit.
+// A row of n floats (n a multiple of TQ_BLOCK_SIZE) becomes n/64 blocks: a randomized Hadamard rotation, codes, and one
+// fp16 scale. Codes are Lloyd-Max (_mse), Lloyd-Max and one bit a coordinate of a QJL sketch of the residual (_qjl), or
+// those of a trellis (_tcq). docs/format.md is the specification; every function here follows it to the bit.
 //
 // One key's way: tq_encode() writes it into the cache; a query is turned once by tq_encode_query(); tq_dot() scores the
 // packed key against it. A value: tq_encode(), then tq_decode(). All take the parameters (seeds, codebooks) they work
-// with: tq_params_default(), or a copy of it that a model's own values were set in.
+// with: tq_params_default(), or a copy of it that a model's own values were set in. Keys can be centered before they are
+// encoded: tq_center_*().
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -18,7 +19,7 @@
 extern "C" {
 #endif
 
-#define TQ_FORMAT_VERSION 0  // a draft; state files carry it
+#define TQ_FORMAT_VERSION 1  // state files and metadata carry it
 #define TQ_BLOCK_SIZE     64 // coordinates a block
 
 enum tq_type {
@@ -28,11 +29,20 @@ enum tq_type {
     TQ_TYPE_TQ2_QJL,
     TQ_TYPE_TQ3_QJL,
     TQ_TYPE_TQ4_QJL,
+    TQ_TYPE_TQ2_TCQ,
+    TQ_TYPE_TQ3_TCQ,
+    TQ_TYPE_TQ4_TCQ,
     TQ_TYPE_COUNT,
 };
 
+enum tq_kind {
+    TQ_KIND_MSE, // codebook
+    TQ_KIND_QJL, // codebook and sketch of the residual
+    TQ_KIND_TCQ, // trellis
+};
+
 // blocks as they lie in memory: plane p holds bit p of the 64 codes, a little-endian 64-bit word stored as bytes so
-// that a block has no alignment; the last plane of a _qjl block holds the signs of the sketched residual
+// that a block has no alignment; the last plane holds the signs of the sketched residual (_qjl), the coded bits (_tcq)
 typedef struct { uint16_t d; uint8_t planes[2][8]; } tq2_block;
 typedef struct { uint16_t d; uint8_t planes[3][8]; } tq3_block;
 typedef struct { uint16_t d; uint8_t planes[4][8]; } tq4_block;
@@ -42,17 +52,20 @@ typedef struct { float db; float df; int8_t b[TQ_BLOCK_SIZE]; int8_t f[TQ_BLOCK_
 
 struct tq_type_info {
     const char * name;       // "tq3_qjl"
+    enum tq_kind kind;
     int          bits;       // bits a coordinate, sketch bit included; without the scale
-    int          code_bits;  // bits of the codebook: bits, or bits - 1 for _qjl
+    int          code_bits;  // bits of the codebook: bits for _mse, bits - 1 for _qjl, 0 for _tcq, which has none
     size_t       block_size; // bytes
 };
 
-// what one type rounds to: the first 2^code_bits centroids, ascending, and their midpoints
+// what one _mse or _qjl type rounds to: the first 2^code_bits centroids, ascending, and their midpoints
 struct tq_quantizer {
     float centroids [16];
     float thresholds[15];
     float kappa;          // weight of the sketch's signs; 0 for _mse
 };
+
+#define TQ_QUANTIZER_COUNT (TQ_TYPE_TQ4_QJL + 1)
 
 // a set of parameters (section 8); change it through the functions below only
 struct tq_params {
@@ -60,7 +73,7 @@ struct tq_params {
     uint64_t sketch_seed;
     float    rotation_signs[TQ_BLOCK_SIZE];
     float    sketch_signs  [TQ_BLOCK_SIZE];
-    struct tq_quantizer quantizers[TQ_TYPE_COUNT];
+    struct tq_quantizer quantizers[TQ_QUANTIZER_COUNT];
     uint64_t hash;
 };
 
@@ -109,6 +122,30 @@ bool tq_validate(enum tq_type type, const void * src, int64_t n);
 // y = rotate(x) and back, block by block; in place allowed
 void tq_rotate  (const struct tq_params * params, const float * x, float * y, int64_t n);
 void tq_unrotate(const struct tq_params * params, const float * y, float * x, int64_t n);
+
+// Centered keys (section 10): a row holds key - X_p(m), p its position, m the center of its layer and head, X_p RoPE.
+
+#define TQ_CENTER_ROWS 768 // of the table
+
+struct tq_center {
+    int32_t       head_dim;
+    int32_t       n_rot; // coordinates that RoPE turns, the first ones; even, at most head_dim
+    int32_t       neox;  // pairs are (i, i + n_rot/2), otherwise (2i, 2i + 1)
+    const float * table; // [TQ_CENTER_ROWS][n_rot]; not read if n_rot is 0
+};
+
+// freqs[n_rot/2]: the angle by which one position turns each pair -> table[TQ_CENTER_ROWS*n_rot]
+void tq_center_make_table(const double * freqs, int32_t n_rot, float * table);
+
+// x[head_dim] += sign*X_pos(m), sign 1 or -1
+void tq_center_add(const struct tq_center * center, const float * m, int32_t pos, float sign, float * x);
+
+// <q, X_p(m)> for many positions p: q[head_dim] and m become w[TQ_CENTER_QUERY_SIZE(n_rot)] once, then
+// a position takes one product of n_rot terms; what a page of 256 positions shares is made when the page changes
+#define TQ_CENTER_QUERY_SIZE(n_rot) (2*(n_rot) + 1)
+struct tq_center_query { float * w; int32_t page; }; // page: which positions w's second half is made for
+struct tq_center_query tq_center_query_init(const struct tq_center * center, const float * m, const float * q, float * w);
+float tq_center_score(const struct tq_center * center, struct tq_center_query * query, int32_t pos);
 
 #ifdef __cplusplus
 }

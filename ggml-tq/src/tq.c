@@ -1,7 +1,7 @@
 // The reference implementation of docs/format.md in portable C: the section numbers below are its.
 // Compile without floating-point contraction: encoders must agree to the bit.
 
-#include "ggml-tq.h"
+#include "tq-internal.h"
 #include "tq-codebooks.h"
 
 #include <float.h>
@@ -12,18 +12,19 @@
 #error "the format needs float arithmetic that is not evaluated in a wider type (on x86: SSE2)"
 #endif
 
-#define N TQ_BLOCK_SIZE
-
 _Static_assert(sizeof(tq2_block) == 18 && sizeof(tq3_block) == 26 && sizeof(tq4_block) == 34, "blocks have no padding");
 _Static_assert(sizeof(tq_query_block) == 2*sizeof(float) + 2*N, "query blocks have no padding");
 
 static const struct tq_type_info type_info[TQ_TYPE_COUNT] = {
-    [TQ_TYPE_TQ2_MSE] = { "tq2_mse", 2, 2, sizeof(tq2_block) },
-    [TQ_TYPE_TQ3_MSE] = { "tq3_mse", 3, 3, sizeof(tq3_block) },
-    [TQ_TYPE_TQ4_MSE] = { "tq4_mse", 4, 4, sizeof(tq4_block) },
-    [TQ_TYPE_TQ2_QJL] = { "tq2_qjl", 2, 1, sizeof(tq2_block) },
-    [TQ_TYPE_TQ3_QJL] = { "tq3_qjl", 3, 2, sizeof(tq3_block) },
-    [TQ_TYPE_TQ4_QJL] = { "tq4_qjl", 4, 3, sizeof(tq4_block) },
+    [TQ_TYPE_TQ2_MSE] = { "tq2_mse", TQ_KIND_MSE, 2, 2, sizeof(tq2_block) },
+    [TQ_TYPE_TQ3_MSE] = { "tq3_mse", TQ_KIND_MSE, 3, 3, sizeof(tq3_block) },
+    [TQ_TYPE_TQ4_MSE] = { "tq4_mse", TQ_KIND_MSE, 4, 4, sizeof(tq4_block) },
+    [TQ_TYPE_TQ2_QJL] = { "tq2_qjl", TQ_KIND_QJL, 2, 1, sizeof(tq2_block) },
+    [TQ_TYPE_TQ3_QJL] = { "tq3_qjl", TQ_KIND_QJL, 3, 2, sizeof(tq3_block) },
+    [TQ_TYPE_TQ4_QJL] = { "tq4_qjl", TQ_KIND_QJL, 4, 3, sizeof(tq4_block) },
+    [TQ_TYPE_TQ2_TCQ] = { "tq2_tcq", TQ_KIND_TCQ, 2, 0, sizeof(tq2_block) },
+    [TQ_TYPE_TQ3_TCQ] = { "tq3_tcq", TQ_KIND_TCQ, 3, 0, sizeof(tq3_block) },
+    [TQ_TYPE_TQ4_TCQ] = { "tq4_tcq", TQ_KIND_TCQ, 4, 0, sizeof(tq4_block) },
 };
 
 //
@@ -102,7 +103,7 @@ static void update_hash(struct tq_params * params) {
     uint64_t h = fnv1a(0xcbf29ce484222325ull, TQ_FORMAT_VERSION, 4);
     h = fnv1a(h, params->rotation_seed, 8);
     h = fnv1a(h, params->sketch_seed,   8);
-    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+    for (int t = 0; t < TQ_QUANTIZER_COUNT; ++t) {
         for (int k = 0; k < 1 << type_info[t].code_bits; ++k) {
             h = fnv1a_float(h, params->quantizers[t].centroids[k]);
         }
@@ -131,7 +132,10 @@ void tq_params_set_seeds(struct tq_params * params, uint64_t rotation_seed, uint
 
 const char * tq_params_set_codebook(struct tq_params * params, enum tq_type type, const float * centroids, size_t n) {
     const struct tq_type_info * info = tq_get_type_info(type);
-    if (!info || n != (size_t) 1 << info->code_bits) {
+    if (!info || info->kind == TQ_KIND_TCQ) {
+        return "the type has no codebook";
+    }
+    if (n != (size_t) 1 << info->code_bits) {
         return "wrong number of centroids";
     }
     for (size_t k = 0; k < n; ++k) {
@@ -156,7 +160,7 @@ const char * tq_params_set_codebook(struct tq_params * params, enum tq_type type
 
 const char * tq_params_set_kappa(struct tq_params * params, enum tq_type type, float kappa) {
     const struct tq_type_info * info = tq_get_type_info(type);
-    if (!info || info->code_bits == info->bits) {
+    if (!info || info->kind != TQ_KIND_QJL) {
         return "the type has no sketch";
     }
     if (!(kappa >= 0.0f && kappa <= 2.0f)) {
@@ -211,7 +215,7 @@ static float fp16_to_fp32(uint16_t h) {
 // bit planes: 8 coordinates a byte in memory, one coordinate a byte in registers (plain words, no SIMD needed)
 //
 
-static uint64_t load_u64(const uint8_t * p) {
+uint64_t tq_load_u64(const uint8_t * p) {
     uint64_t w = 0;
     for (int i = 0; i < 8; ++i) {
         w |= (uint64_t) p[i] << 8*i;
@@ -219,7 +223,7 @@ static uint64_t load_u64(const uint8_t * p) {
     return w;
 }
 
-static void store_u64(uint8_t * p, uint64_t w) {
+void tq_store_u64(uint8_t * p, uint64_t w) {
     for (int i = 0; i < 8; ++i) {
         p[i] = (uint8_t) (w >> 8*i);
     }
@@ -243,13 +247,13 @@ static void unpack(const uint8_t * planes, int n_planes, uint8_t * codes) {
         for (int p = 0; p < n_planes; ++p) {
             w |= spread_bits(planes[8*p + j]) << p;
         }
-        store_u64(codes + 8*j, w);
+        tq_store_u64(codes + 8*j, w);
     }
 }
 
 static void pack(const uint8_t * codes, int n_planes, uint8_t * planes) {
     for (int j = 0; j < N/8; ++j) {
-        const uint64_t w = load_u64(codes + 8*j);
+        const uint64_t w = tq_load_u64(codes + 8*j);
         for (int p = 0; p < n_planes; ++p) {
             planes[8*p + j] = gather_bits(w >> p);
         }
@@ -299,7 +303,7 @@ static void rht_inverse(float * v, const float * signs) {
 }
 
 // the order is part of the format: halves are added until one number is left
-static float dot(const float * a, const float * b) {
+float tq_block_dot(const float * a, const float * b) {
     float t[N];
     for (int i = 0; i < N; ++i) {
         t[i] = a[i]*b[i];
@@ -337,6 +341,19 @@ static void look_up(const float * c, const uint8_t * codes, float * q) {
     }
 }
 
+// the look-up table of a type, and the codes[i] into it
+static const float * unpack_codes(const struct tq_params * params, enum tq_type type, const uint8_t * planes, uint8_t * codes) {
+    const struct tq_type_info * info = &type_info[type];
+    if (info->kind == TQ_KIND_TCQ) {
+        uint8_t index[TQ_TRELLIS_INDEX_BITS*8];
+        tq_trellis_index_planes(info->bits, planes, index);
+        unpack(index, TQ_TRELLIS_INDEX_BITS, codes);
+        return tq_trellis_table(info->bits);
+    }
+    unpack(planes, info->code_bits, codes);
+    return params->quantizers[type].centroids;
+}
+
 // q += kappa * unsketch(signs), the sketch's estimate of the residual
 static void add_sketch(const struct tq_params * params, float kappa, const uint8_t * sign_bits, float * q) {
     float z[N];
@@ -353,12 +370,8 @@ static void add_sketch(const struct tq_params * params, float kappa, const uint8
 // section 4
 //
 
-static void encode_block(const struct tq_params * params, enum tq_type type, const float * x, uint8_t * block) {
-    const struct tq_type_info * info      = &type_info[type];
-    const struct tq_quantizer * quantizer = &params->quantizers[type];
-    memset(block, 0, info->block_size);
-    uint8_t * planes = block + sizeof(uint16_t);
-
+// steps 1-4: x as unit-mean-square u; false where the block is written already (not finite, or zeros)
+static bool normalize(const struct tq_params * params, const float * x, uint8_t * block, float * u, float * g, int * e) {
     float amax   = 0.0f;
     bool  finite = true;
     for (int i = 0; i < N; ++i) {
@@ -368,29 +381,33 @@ static void encode_block(const struct tq_params * params, enum tq_type type, con
     }
     if (!finite) {
         block[1] = 0x7e; // d = NaN
-        return;
+        return false;
     }
     if (amax < 0x1p-60f) {
-        return;
+        return false;
     }
+    frexpf(amax, e);
+    *e = *e > 127 ? 126 : *e - 1; // amax is in [2^e, 2^(e+1)), and 2^-e a normal number
 
-    int e;
-    frexpf(amax, &e);
-    e = e > 127 ? 126 : e - 1; // amax is in [2^e, 2^(e+1)), and 2^-e a normal number
-
-    float y[N];
-    const float down = ldexpf(1.0f, -e);
+    const float down = ldexpf(1.0f, -*e);
     for (int i = 0; i < N; ++i) {
-        y[i] = x[i]*down;
+        u[i] = x[i]*down;
     }
-    rht(y, params->rotation_signs);
-    const float g = 8.0f/sqrtf(dot(y, y));
-    scale(y, g); // u
+    rht(u, params->rotation_signs);
+    *g = 8.0f/sqrtf(tq_block_dot(u, u));
+    scale(u, *g);
+    return true;
+}
+
+// steps 5 and 6: codes of u into planes, and what they decode to
+static void encode_codes(const struct tq_params * params, enum tq_type type, const float * u, uint8_t * planes, float * q) {
+    const struct tq_type_info * info      = &type_info[type];
+    const struct tq_quantizer * quantizer = &params->quantizers[type];
 
     int32_t n_above[N] = { 0 };
     for (int k = 0; k < (1 << info->code_bits) - 1; ++k) {
         for (int i = 0; i < N; ++i) {
-            n_above[i] += y[i] > quantizer->thresholds[k];
+            n_above[i] += u[i] > quantizer->thresholds[k];
         }
     }
     uint8_t codes[N];
@@ -398,16 +415,13 @@ static void encode_block(const struct tq_params * params, enum tq_type type, con
         codes[i] = (uint8_t) n_above[i];
     }
     pack(codes, info->code_bits, planes);
-
-    float q[N];
     look_up(quantizer->centroids, codes, q);
 
-    const bool sketch = info->code_bits != info->bits;
-    if (sketch) {
+    if (info->kind == TQ_KIND_QJL) {
         float   r[N];
         uint8_t sign_bits[N];
         for (int i = 0; i < N; ++i) {
-            r[i] = y[i] - q[i];
+            r[i] = u[i] - q[i];
         }
         rht(r, params->sketch_signs);
         for (int i = 0; i < N; ++i) {
@@ -416,9 +430,13 @@ static void encode_block(const struct tq_params * params, enum tq_type type, con
         pack(sign_bits, 1, planes + 8*info->code_bits);
         add_sketch(params, quantizer->kappa, sign_bits, q);
     }
-    // unbiased for keys, of least error for values; not positive only with codebooks that nothing rounds to
-    const float uq = dot(y, q);
-    const float s  = !(uq > 0.0f) ? 0.0f : sketch ? dot(y, y)/uq : uq/dot(q, q);
+}
+
+// steps 7 and 8
+static void encode_scale(const struct tq_type_info * info, const float * u, const float * q, float g, int e, uint8_t * block) {
+    // of least error, or unbiased; not positive only with codebooks that nothing rounds to
+    const float uq = tq_block_dot(u, q);
+    const float s  = !(uq > 0.0f) ? 0.0f : info->kind == TQ_KIND_MSE ? uq/tq_block_dot(q, q) : tq_block_dot(u, u)/uq;
 
     const uint16_t d = fp32_to_fp16(ldexpf(s/g, e));
     if (d == 0) {
@@ -429,15 +447,56 @@ static void encode_block(const struct tq_params * params, enum tq_type type, con
     block[1] = (uint8_t) (d >> 8);
 }
 
-static float block_scale(const uint8_t * block) {
-    return fp16_to_fp32((uint16_t) (block[0] | block[1] << 8));
+// Blocks go through the trellis several at a time: their searches are independent, and run in parallel lanes.
+static void encode_tcq(const struct tq_params * params, enum tq_type type, const float * x, uint8_t * dst, int64_t n) {
+    const struct tq_type_info * info = &type_info[type];
+    memset(dst, 0, (size_t) (n/N)*info->block_size);
+
+    struct { uint8_t * block; float g; int e; } at[TQ_TRELLIS_BATCH];
+    float u[TQ_TRELLIS_BATCH][N];
+    float q[TQ_TRELLIS_BATCH][N];
+    uint8_t bits[TQ_TRELLIS_BATCH][N]; // c, then w, from the lowest bit
+    int n_batch = 0;
+    for (int64_t i = 0; i < n; i += N, dst += info->block_size) {
+        at[n_batch].block = dst;
+        n_batch += normalize(params, x + i, dst, u[n_batch], &at[n_batch].g, &at[n_batch].e);
+        if (n_batch == TQ_TRELLIS_BATCH || (i + N == n && n_batch > 0)) {
+            tq_trellis_encode(info->bits, n_batch, (const float (*)[N]) u, bits, q);
+            for (int b = 0; b < n_batch; ++b) {
+                uint8_t * planes = at[b].block + sizeof(uint16_t);
+                uint8_t packed[4*8];
+                pack(bits[b], info->bits, packed);
+                memcpy(planes, packed + 8, (size_t) (info->bits - 1)*8); // w
+                memcpy(planes + 8*(info->bits - 1), packed, 8);          // c
+                encode_scale(info, u[b], q[b], at[b].g, at[b].e, at[b].block);
+            }
+            n_batch = 0;
+        }
+    }
 }
 
 void tq_encode(const struct tq_params * params, enum tq_type type, const float * x, void * dst, int64_t n) {
-    uint8_t * block = dst;
-    for (int64_t i = 0; i < n; i += N, block += type_info[type].block_size) {
-        encode_block(params, type, x + i, block);
+    const struct tq_type_info * info = &type_info[type];
+    if (info->kind == TQ_KIND_TCQ) {
+        encode_tcq(params, type, x, dst, n);
+        return;
     }
+    uint8_t * block = dst;
+    for (int64_t i = 0; i < n; i += N, block += info->block_size) {
+        float u[N];
+        float q[N];
+        float g;
+        int   e;
+        memset(block, 0, info->block_size);
+        if (normalize(params, x + i, block, u, &g, &e)) {
+            encode_codes(params, type, u, block + sizeof(uint16_t), q);
+            encode_scale(info, u, q, g, e, block);
+        }
+    }
+}
+
+static float block_scale(const uint8_t * block) {
+    return fp16_to_fp32((uint16_t) (block[0] | block[1] << 8));
 }
 
 //
@@ -445,18 +504,16 @@ void tq_encode(const struct tq_params * params, enum tq_type type, const float *
 //
 
 void tq_decode(const struct tq_params * params, enum tq_type type, const void * src, float * x, int64_t n) {
-    const struct tq_type_info * info      = &type_info[type];
-    const struct tq_quantizer * quantizer = &params->quantizers[type];
+    const struct tq_type_info * info = &type_info[type];
     const uint8_t * block = src;
     for (int64_t i = 0; i < n; i += N, block += info->block_size) {
         const uint8_t * planes = block + sizeof(uint16_t);
         float * v = x + i;
         uint8_t codes[N];
-        unpack(planes, info->code_bits, codes);
-        look_up(quantizer->centroids, codes, v);
-        if (info->code_bits != info->bits) {
+        look_up(unpack_codes(params, type, planes, codes), codes, v);
+        if (info->kind == TQ_KIND_QJL) {
             unpack(planes + 8*info->code_bits, 1, codes);
-            add_sketch(params, quantizer->kappa, codes, v);
+            add_sketch(params, params->quantizers[type].kappa, codes, v);
         }
         scale(v, block_scale(block));
         rht_inverse(v, params->rotation_signs);
@@ -520,9 +577,7 @@ void tq_encode_query(const struct tq_params * params, const float * a, tq_query_
 }
 
 float tq_dot(const struct tq_params * params, enum tq_type type, const void * k, const tq_query_block * q, int64_t n) {
-    const struct tq_type_info * info      = &type_info[type];
-    const struct tq_quantizer * quantizer = &params->quantizers[type];
-    const bool sketch = info->code_bits != info->bits;
+    const struct tq_type_info * info = &type_info[type];
     const uint8_t * block = k;
 
     float sum = 0.0f;
@@ -530,8 +585,7 @@ float tq_dot(const struct tq_params * params, enum tq_type type, const void * k,
         const uint8_t * planes = block + sizeof(uint16_t);
         uint8_t codes[N];
         float   c[N];
-        unpack(planes, info->code_bits, codes);
-        look_up(quantizer->centroids, codes, c);
+        look_up(unpack_codes(params, type, planes, codes), codes, c);
         float part[16] = { 0.0f }; // a row of partial sums, so that the loop vectorizes
         for (int j = 0; j < N; j += 16) {
             for (int l = 0; l < 16; ++l) {
@@ -543,13 +597,13 @@ float tq_dot(const struct tq_params * params, enum tq_type type, const void * k,
             s += part[l];
         }
         s *= q->db;
-        if (sketch) {
+        if (info->kind == TQ_KIND_QJL) {
             unpack(planes + 8*info->code_bits, 1, codes);
             int32_t t = 0;
             for (int j = 0; j < N; ++j) {
                 t += q->f[j]*(1 - 2*codes[j]);
             }
-            s += quantizer->kappa*q->df*(float) t;
+            s += params->quantizers[type].kappa*q->df*(float) t;
         }
         sum += block_scale(block)*s;
     }

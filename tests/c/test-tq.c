@@ -71,6 +71,7 @@ static void test_types(void) {
     static const struct { const char * name; int bits; double bpv; } want[TQ_TYPE_COUNT] = {
         { "tq2_mse", 2, 2.25 }, { "tq3_mse", 3, 3.25 }, { "tq4_mse", 4, 4.25 },
         { "tq2_qjl", 2, 2.25 }, { "tq3_qjl", 3, 3.25 }, { "tq4_qjl", 4, 4.25 },
+        { "tq2_tcq", 2, 2.25 }, { "tq3_tcq", 3, 3.25 }, { "tq4_tcq", 4, 4.25 },
     };
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
         const struct tq_type_info * info = tq_get_type_info((enum tq_type) t);
@@ -110,8 +111,8 @@ static void test_rotation(void) {
 
 // errors of many N(0,1) rows; bounds are the exact ones of the codebooks plus sampling error
 static void test_distortion(void) {
-    // D_mse of 2, 3, 4 bits (issue and docs/format.md), then (1 - 2/pi) of D_mse of 1, 2, 3 bits with the unbiased scale
-    static const double max_error[TQ_TYPE_COUNT] = { 0.118, 0.0347, 0.0096, 0.155, 0.0455, 0.0130 };
+    // D_mse of 2, 3, 4 bits, then (1 - 2/pi) of D_mse of 1, 2, 3 bits with the unbiased scale, then the trained trellis codes'
+    static const double max_error[TQ_TYPE_COUNT] = { 0.118, 0.0347, 0.0096, 0.155, 0.0455, 0.0130, 0.0790, 0.0188, 0.0050 };
     const int n_rows = 20000;
 
     printf("%-8s %10s %12s %12s %12s\n", "type", "error", "component", "d*ip error", "ip slope");
@@ -301,7 +302,7 @@ static void test_params(void) {
     tq_params_set_seeds(&p, p.rotation_seed, p.sketch_seed);
     CHECK(memcmp(&p, tq_params_default(), sizeof(p)) == 0, "the built-in set is what its own seeds and hash say");
 
-    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+    for (int t = 0; t < TQ_QUANTIZER_COUNT; ++t) {
         const enum tq_type type = (enum tq_type) t;
         const size_t n = (size_t) 1 << tq_get_type_info(type)->code_bits;
         const struct tq_params before = p;
@@ -317,7 +318,7 @@ static void test_params(void) {
         memcpy(bad, c, sizeof(bad));
         bad[1] = bad[0];
         CHECK(tq_params_set_codebook(&p, type, bad, n), "equal centroids");
-        const bool qjl = tq_get_type_info(type)->code_bits != tq_get_type_info(type)->bits;
+        const bool qjl = tq_get_type_info(type)->kind == TQ_KIND_QJL;
         CHECK(tq_params_set_kappa(&p, type, NAN) && tq_params_set_kappa(&p, type, -0.1f) && tq_params_set_kappa(&p, type, 2.1f), "kappa");
         CHECK(qjl || tq_params_set_kappa(&p, type, 0.5f), "kappa without a sketch");
         CHECK(memcmp(&p, &before, sizeof(p)) == 0, "refused values change nothing");
@@ -325,11 +326,12 @@ static void test_params(void) {
         CHECK(!tq_params_set_codebook(&p, type, c, n) && p.hash != before.hash, "a valid codebook");
         CHECK(!qjl || (!tq_params_set_kappa(&p, type, 0.5f) && p.quantizers[t].kappa == 0.5f), "a valid kappa");
     }
+    CHECK(tq_params_set_codebook(&p, TQ_TYPE_TQ4_TCQ, c, 16) && tq_params_set_kappa(&p, TQ_TYPE_TQ4_TCQ, 0.5f), "no codebook");
     CHECK(tq_params_set_codebook(&p, TQ_TYPE_COUNT, c, 4) && tq_params_set_kappa(&p, TQ_TYPE_COUNT, 0.5f), "no such type");
 
     // codebooks that nothing rounds to: blocks stay valid, and zero where no positive scale exists
     struct tq_params odd = *tq_params_default();
-    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+    for (int t = 0; t < TQ_QUANTIZER_COUNT; ++t) {
         const enum tq_type type = (enum tq_type) t;
         const size_t n = (size_t) 1 << tq_get_type_info(type)->code_bits;
         float far[16], x[DIM], y[DIM];
@@ -345,6 +347,75 @@ static void test_params(void) {
             CHECK(tq_validate(type, packed, DIM) && (packed[1] & 0x80) == 0, "a far codebook's scale");
         }
         params = tq_params_default();
+    }
+}
+
+// blocks that are encoded together do not know of each other, skipped ones (zeros, NaN) among them included
+static void test_batches(void) {
+    float x[19*64];
+    uint8_t all[sizeof(x)/4], one[64];
+    rng_normal(x, 19*64, 1.0f);
+    memset(x + 64*4, 0, 64*sizeof(float));
+    x[64*9] = NAN;
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const size_t bs = tq_get_type_info((enum tq_type) t)->block_size;
+        for (int n = 1; n <= 19; ++n) {
+            tq_encode(params, (enum tq_type) t, x, all, n*64);
+            for (int i = 0; i < n; ++i) {
+                tq_encode(params, (enum tq_type) t, x + 64*i, one, 64);
+                CHECK(memcmp(all + (size_t) i*bs, one, bs) == 0, "block %d of %d", i, n);
+            }
+        }
+    }
+}
+
+// X_p(m) against RoPE in double precision; scores against additions
+static void test_center(void) {
+    for (int r = 0; r < 200; ++r) {
+        const int head_dim = 64*(1 + (int) (rng_u64()%4));
+        const int n_rot    = r%5 == 0 ? 0 : r%5 == 1 ? head_dim/2 : head_dim;
+        double freqs[MAX_ROW/2];
+        for (int i = 0; i < n_rot/2; ++i) {
+            freqs[i] = pow(1e4, -2.0*i/n_rot);
+        }
+        static float table[TQ_CENTER_ROWS*MAX_ROW];
+        tq_center_make_table(freqs, n_rot, table);
+        const struct tq_center center = { head_dim, n_rot, r%2, table };
+
+        float m[MAX_ROW], q[MAX_ROW], w[TQ_CENTER_QUERY_SIZE(MAX_ROW)];
+        rng_normal(m, head_dim, 3.0f);
+        rng_normal(q, head_dim, 1.0f);
+        struct tq_center_query query = tq_center_query_init(&center, m, q, w);
+        static const int32_t some[] = { 0, 1, 255, 256, 257, 511, 65535, 65536, 65793, 1 << 23 };
+        for (int k = 0; k < 20; ++k) {
+            const int32_t pos = k < 10 ? some[k] : (int32_t) (rng_u64()%(k < 15 ? 4096 : 1 << 20));
+            float  x[MAX_ROW] = { 0.0f };
+            double want[MAX_ROW];
+            for (int i = 0; i < head_dim; ++i) {
+                want[i] = m[i];
+            }
+            for (int i = 0; i < n_rot/2; ++i) {
+                const int a = center.neox ? i : 2*i;
+                const int b = center.neox ? i + n_rot/2 : 2*i + 1;
+                want[a] = m[a]*cos(pos*freqs[i]) - m[b]*sin(pos*freqs[i]);
+                want[b] = m[a]*sin(pos*freqs[i]) + m[b]*cos(pos*freqs[i]);
+            }
+            tq_center_add(&center, m, pos, 1.0f, x);
+            double s = 0.0;
+            for (int i = 0; i < head_dim; ++i) {
+                CHECK(fabs(x[i] - want[i]) < 1e-5, "position %d, coordinate %d of %d: %g, want %g", pos, i, head_dim, x[i], want[i]);
+                s += q[i]*want[i];
+            }
+            CHECK(fabs(tq_center_score(&center, &query, pos) - s) < 1e-4*head_dim, "position %d: score", pos);
+            tq_center_add(&center, m, pos, -1.0f, x);
+            for (int i = 0; i < head_dim; ++i) {
+                CHECK(x[i] == 0.0f, "what is added can be taken away");
+            }
+        }
+        float x[MAX_ROW] = { 0.0f }, y[MAX_ROW] = { 0.0f };
+        tq_center_add(&center, m, -1, 1.0f, x); // an empty cell
+        tq_center_add(&center, m,  0, 1.0f, y);
+        CHECK(memcmp(x, y, sizeof(x)) == 0, "a negative position");
     }
 }
 
@@ -367,7 +438,9 @@ int main(int argc, char ** argv) {
         test_dot();
         test_scaling();
         test_special_rows();
+        test_batches();
     }
+    test_center();
 
     printf(n_failed ? "%d checks failed (seed %" PRIu64 ")\n" : "all checks passed\n", n_failed, seed);
     return n_failed ? 1 : 0;

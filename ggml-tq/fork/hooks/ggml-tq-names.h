@@ -10,7 +10,8 @@
 // the stored types as a comma-separated list, for initializers
 #define GGML_TQ_TYPE_LIST \
     GGML_TYPE_TQ2_MSE, GGML_TYPE_TQ3_MSE, GGML_TYPE_TQ4_MSE, \
-    GGML_TYPE_TQ2_QJL, GGML_TYPE_TQ3_QJL, GGML_TYPE_TQ4_QJL
+    GGML_TYPE_TQ2_QJL, GGML_TYPE_TQ3_QJL, GGML_TYPE_TQ4_QJL, \
+    GGML_TYPE_TQ2_TCQ, GGML_TYPE_TQ3_TCQ, GGML_TYPE_TQ4_TCQ
 
 // "tq3" -> "tq3_qjl" for role 'k', "tq3_mse" for role 'v'; any other name as it is
 static inline std::string ggml_tq_resolve_name(const std::string & name, char role) {
@@ -44,20 +45,22 @@ static inline std::string ggml_tq_unknown_name(const std::string & name) {
 }
 
 // what a state file stores as the type of a cached tensor: for our types the format version and the parameters' hash
-// ride along, so that a file of others is refused as one of another type (docs/format.md section 7)
-static inline int32_t ggml_tq_state_type(ggml_type type) {
+// ride along (for keys with that of their centers), so that a file of others is refused as one of another type
+// (docs/format.md section 7)
+static inline int32_t ggml_tq_state_type(ggml_type type, uint64_t center_hash = 0) {
+    const uint32_t hash = (uint32_t) (ggml_tq_params()->hash ^ center_hash);
     return ggml_tq_is_type(type)
-        ? (int32_t) ((uint32_t) type | (TQ_FORMAT_VERSION + 1) << 8 | (uint32_t) ggml_tq_params()->hash << 12) : (int32_t) type;
+        ? (int32_t) ((uint32_t) type | (TQ_FORMAT_VERSION + 1) << 8 | hash << 12) : (int32_t) type;
 }
 
 // bounds for upstream's test-quantize-fns: 1.25 times what its fixed data (4096 values, rms 1.42) give
 static inline float ggml_tq_max_test_error(ggml_type type) {
-    static const float max[] = { 0.0092f, 0.0050f, 0.0027f, 0.0105f, 0.0055f, 0.0030f };
+    static const float max[] = { 0.0092f, 0.0050f, 0.0027f, 0.0105f, 0.0055f, 0.0030f, 0.0076f, 0.0037f, 0.0019f };
     return max[type - GGML_TYPE_TQ2_MSE];
 }
 
 static inline float ggml_tq_max_dot_error(ggml_type type) {
-    static const float max[] = { 0.144f, 0.048f, 0.015f, 0.030f, 0.0030f, 0.0045f };
+    static const float max[] = { 0.144f, 0.048f, 0.015f, 0.030f, 0.0030f, 0.0045f, 0.03f, 0.02f, 0.01f };
     return max[type - GGML_TYPE_TQ2_MSE];
 }
 

@@ -34,18 +34,13 @@ void ggml_tq_query_from_float(const float * x, void * y, int64_t n) {
     tq_encode_query(ggml_tq_params(), x, y, n);
 }
 
-// the ids in ggml.h are in the order of enum tq_type
-static enum tq_type tq_type_of(enum ggml_type type) {
-    return (enum tq_type) (type - GGML_TYPE_TQ2_MSE);
-}
-
 size_t ggml_tq_quantize(enum ggml_type type, const float * src, void * dst, int64_t n) {
-    tq_encode(ggml_tq_params(), tq_type_of(type), src, dst, n);
-    return tq_row_size(tq_type_of(type), n);
+    tq_encode(ggml_tq_params(), ggml_tq_type_of(type), src, dst, n);
+    return tq_row_size(ggml_tq_type_of(type), n);
 }
 
 bool ggml_tq_validate(enum ggml_type type, const void * data, size_t nb) {
-    if (!tq_validate(tq_type_of(type), data, (int64_t) nb*TQ_BLOCK_SIZE)) {
+    if (!tq_validate(ggml_tq_type_of(type), data, (int64_t) nb*TQ_BLOCK_SIZE)) {
         fprintf(stderr, "%s: a block's scale is not finite\n", __func__);
         return false;
     }

@@ -18,17 +18,24 @@ void ggml_tq_set_params(const struct tq_params * params); // NULL: the built-in 
 // X(GGML_TYPE_ suffix, prefix of the functions)
 #define GGML_TQ_FOR_EACH(X) \
     X(TQ2_MSE, tq2_mse) X(TQ3_MSE, tq3_mse) X(TQ4_MSE, tq4_mse) \
-    X(TQ2_QJL, tq2_qjl) X(TQ3_QJL, tq3_qjl) X(TQ4_QJL, tq4_qjl)
+    X(TQ2_QJL, tq2_qjl) X(TQ3_QJL, tq3_qjl) X(TQ4_QJL, tq4_qjl) \
+    X(TQ2_TCQ, tq2_tcq) X(TQ3_TCQ, tq3_tcq) X(TQ4_TCQ, tq4_tcq)
 
 // one of the stored types
 static inline bool ggml_tq_is_type(enum ggml_type type) {
-    return type >= GGML_TYPE_TQ2_MSE && type <= GGML_TYPE_TQ4_QJL;
+    return type >= GGML_TYPE_TQ2_MSE && type <= GGML_TYPE_TQ4_TCQ;
+}
+
+// its place in the library; the ids in ggml.h are in the order of enum tq_type
+static inline enum tq_type ggml_tq_type_of(enum ggml_type type) {
+    return (enum tq_type) (type - GGML_TYPE_TQ2_MSE);
 }
 
 // case labels of the stored types, for upstream's switches over quantized types
 #define GGML_TQ_CASES \
     case GGML_TYPE_TQ2_MSE: case GGML_TYPE_TQ3_MSE: case GGML_TYPE_TQ4_MSE: \
-    case GGML_TYPE_TQ2_QJL: case GGML_TYPE_TQ3_QJL: case GGML_TYPE_TQ4_QJL:
+    case GGML_TYPE_TQ2_QJL: case GGML_TYPE_TQ3_QJL: case GGML_TYPE_TQ4_QJL: \
+    case GGML_TYPE_TQ2_TCQ: case GGML_TYPE_TQ3_TCQ: case GGML_TYPE_TQ4_TCQ:
 
 #define GGML_TQ_DECLARE(TYPE, name) \
     void ggml_##name##_from_float(const float * x, void * y, int64_t n); \
@@ -63,6 +70,9 @@ void ggml_tq_query_from_float(const float * x, void * y, int64_t n);
 #define TQ_BLOCK_BYTES_TQ2_QJL sizeof(tq2_block)
 #define TQ_BLOCK_BYTES_TQ3_QJL sizeof(tq3_block)
 #define TQ_BLOCK_BYTES_TQ4_QJL sizeof(tq4_block)
+#define TQ_BLOCK_BYTES_TQ2_TCQ sizeof(tq2_block)
+#define TQ_BLOCK_BYTES_TQ3_TCQ sizeof(tq3_block)
+#define TQ_BLOCK_BYTES_TQ4_TCQ sizeof(tq4_block)
 
 // rows of ggml-cpu.c's type_traits_cpu: rows of K are scored against a query that was rotated once
 #define GGML_TQ_TRAITS_CPU_ROW(TYPE, name) \

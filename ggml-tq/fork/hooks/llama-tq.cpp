@@ -1,4 +1,5 @@
 #include "llama-tq.h"
+#include "llama-tq-center.h"
 
 #include "llama-graph.h"
 #include "llama-hparams.h"
@@ -12,6 +13,8 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <cmath>
+#include <cstring>
 #include <mutex>
 #include <stdexcept>
 
@@ -42,11 +45,12 @@ static const T * get(const gguf_context * gguf, const std::string & key, gguf_ty
 }
 
 static void check_keys(const gguf_context * gguf) {
-    std::vector<std::string> known = { "version", "rotation.kind", "rotation.seed", "sketch.seed", "hash" };
-    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+    std::vector<std::string> known = { "version", "rotation.kind", "rotation.seed", "sketch.seed", "hash",
+        "center.kind", "center.key", "center.hash" };
+    for (int t = 0; t < TQ_QUANTIZER_COUNT; ++t) {
         const tq_type_info * info = tq_get_type_info((tq_type) t);
         known.push_back(std::string(info->name) + ".codebook");
-        if (info->code_bits != info->bits) {
+        if (info->kind == TQ_KIND_QJL) {
             known.push_back(std::string(info->name) + ".kappa");
         }
     }
@@ -70,7 +74,66 @@ static bool has_metadata(const gguf_context * gguf) {
     return false;
 }
 
-std::shared_ptr<const tq_params> llama_tq_load(const llama_model_loader & ml) {
+static std::string get_string(const gguf_context * gguf, const std::string & key) {
+    const int64_t id = gguf_find_key(gguf, key.c_str());
+    if (id < 0) {
+        throw std::runtime_error(key + ": missing");
+    }
+    if (gguf_get_kv_type(gguf, id) != GGUF_TYPE_STRING) {
+        throw std::runtime_error(key + ": wrong type, want str");
+    }
+    return gguf_get_val_str(gguf, id);
+}
+
+static void refuse(const std::string & key, const std::string & problem) {
+    throw std::runtime_error(key + ": " + problem);
+}
+
+static void load_centers(const gguf_context * gguf, const llama_hparams & hparams, llama_tq_model & tq) {
+    const std::string kind = get_string(gguf, PREFIX + "center.kind");
+    const std::string key  = PREFIX + "center.key";
+    tq.center_hash = 0;
+    if (kind != "mean") {
+        if (kind != "none" && kind != "bias") {
+            refuse(PREFIX + "center.kind", "unknown kind '" + kind + "', want 'none', 'bias' or 'mean'");
+        }
+        tq.center_kind = kind == "none" ? LLAMA_TQ_CENTER_NONE : LLAMA_TQ_CENTER_BIAS;
+        for (const std::string & other : { key, PREFIX + "center.hash" }) {
+            if (gguf_find_key(gguf, other.c_str()) >= 0) {
+                refuse(other, "not allowed, since " + PREFIX + "center.kind is '" + kind + "'");
+            }
+        }
+        return;
+    }
+    tq.center_kind = LLAMA_TQ_CENTER_MEAN;
+    size_t n    = 0;
+    size_t want = 0;
+    const float * values = get<float>(gguf, key, GGUF_TYPE_FLOAT32, &n);
+    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        want += hparams.n_embd_k_gqa(il);
+    }
+    if (n != want) {
+        refuse(key, std::to_string(n) + " numbers, want " + std::to_string(want));
+    }
+    uint64_t hash = 0xcbf29ce484222325ull;
+    for (size_t i = 0; i < n; ++i) {
+        if (!(std::fabs(values[i]) < 1e6f)) {
+            refuse(key, "number " + std::to_string(i) + " is not finite, or not below 1e6");
+        }
+        uint32_t word;
+        memcpy(&word, &values[i], sizeof(word));
+        for (int b = 0; b < 4; ++b) {
+            hash = (hash ^ ((word >> 8*b) & 0xff))*0x100000001b3ull;
+        }
+    }
+    if (*get<uint64_t>(gguf, PREFIX + "center.hash", GGUF_TYPE_UINT64) != hash) {
+        refuse(PREFIX + "center.hash", "not that of the centers, which were changed or damaged");
+    }
+    tq.centers.assign(values, values + n);
+    tq.center_hash = hash;
+}
+
+std::shared_ptr<const llama_tq_model> llama_tq_load(const llama_model_loader & ml, const llama_hparams & hparams) {
     for (const auto & [name, weight] : ml.weights_map) { // they would change with the parameters in use
         if (ggml_tq_is_type(weight.tensor->type) || weight.tensor->type == GGML_TYPE_TQ_QUERY) {
             throw std::runtime_error("weight '" + name + "' is of type " + ggml_type_name(weight.tensor->type) +
@@ -81,42 +144,34 @@ std::shared_ptr<const tq_params> llama_tq_load(const llama_model_loader & ml) {
     if (!has_metadata(gguf)) {
         return nullptr;
     }
-    const auto refuse = [](const std::string & key, const std::string & problem) {
-        throw std::runtime_error(key + ": " + problem);
-    };
     // the version first: what another one means by the other keys is not known here
     const uint32_t version = *get<uint32_t>(gguf, PREFIX + "version", GGUF_TYPE_UINT32);
     if (version != TQ_FORMAT_VERSION) {
         refuse(PREFIX + "version", "unknown version " + std::to_string(version) + ", this program knows " + std::to_string(TQ_FORMAT_VERSION));
     }
     check_keys(gguf);
-    const std::string kind_key = PREFIX + "rotation.kind";
-    const int64_t     kind_id  = gguf_find_key(gguf, kind_key.c_str());
-    if (kind_id < 0) {
-        refuse(kind_key, "missing");
-    }
-    if (gguf_get_kv_type(gguf, kind_id) != GGUF_TYPE_STRING) {
-        refuse(kind_key, "wrong type, want str");
-    }
-    if (std::string(gguf_get_val_str(gguf, kind_id)) != "rht64") {
-        refuse(kind_key, std::string("unknown rotation '") + gguf_get_val_str(gguf, kind_id) + "', want 'rht64'");
+    const std::string kind = get_string(gguf, PREFIX + "rotation.kind");
+    if (kind != "rht64") {
+        refuse(PREFIX + "rotation.kind", "unknown rotation '" + kind + "', want 'rht64'");
     }
 
-    auto params = std::make_shared<tq_params>(*tq_params_default());
-    tq_params_set_seeds(params.get(),
+    auto model = std::make_shared<llama_tq_model>();
+    tq_params * params = &model->params;
+    *params = *tq_params_default();
+    tq_params_set_seeds(params,
         *get<uint64_t>(gguf, PREFIX + "rotation.seed", GGUF_TYPE_UINT64),
         *get<uint64_t>(gguf, PREFIX + "sketch.seed",   GGUF_TYPE_UINT64));
-    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+    for (int t = 0; t < TQ_QUANTIZER_COUNT; ++t) {
         const tq_type_info * info = tq_get_type_info((tq_type) t);
         const std::string codebook = PREFIX + info->name + ".codebook";
         size_t n = 0;
         const float * centroids = get<float>(gguf, codebook, GGUF_TYPE_FLOAT32, &n);
-        if (const char * problem = tq_params_set_codebook(params.get(), (tq_type) t, centroids, n)) {
+        if (const char * problem = tq_params_set_codebook(params, (tq_type) t, centroids, n)) {
             refuse(codebook, problem);
         }
-        if (info->code_bits != info->bits) {
+        if (info->kind == TQ_KIND_QJL) {
             const std::string kappa = PREFIX + info->name + ".kappa";
-            if (const char * problem = tq_params_set_kappa(params.get(), (tq_type) t, *get<float>(gguf, kappa, GGUF_TYPE_FLOAT32))) {
+            if (const char * problem = tq_params_set_kappa(params, (tq_type) t, *get<float>(gguf, kappa, GGUF_TYPE_FLOAT32))) {
                 refuse(kappa, problem);
             }
         }
@@ -124,7 +179,8 @@ std::shared_ptr<const tq_params> llama_tq_load(const llama_model_loader & ml) {
     if (*get<uint64_t>(gguf, PREFIX + "hash", GGUF_TYPE_UINT64) != params->hash) {
         refuse(PREFIX + "hash", "not that of the parameters, which were changed or damaged");
     }
-    return params;
+    load_centers(gguf, hparams, *model);
+    return model;
 }
 
 // who uses the process's parameters
@@ -145,9 +201,9 @@ std::shared_ptr<const void> llama_tq_acquire(const llama_model & model, const ll
         return nullptr;
     }
     std::lock_guard<std::mutex> lock(in_use.mutex);
-    const uint64_t wanted = model.tq ? model.tq->hash : tq_params_default()->hash;
+    const uint64_t wanted = model.tq ? model.tq->params.hash : tq_params_default()->hash;
     if (in_use.n_users == 0) {
-        ggml_tq_set_params(model.tq.get());
+        ggml_tq_set_params(model.tq ? &model.tq->params : nullptr);
         in_use.owner = model.name;
     }
     const uint64_t active = ggml_tq_params()->hash;
@@ -157,6 +213,9 @@ std::shared_ptr<const void> llama_tq_acquire(const llama_model & model, const ll
     }
     LLAMA_LOG_WARN("%s: TurboQuant parameters: %s%s\n", __func__, describe(in_use.owner, active).c_str(),
         wanted != active ? ", which this model, as it brings none, shares" : "");
+    if (ggml_tq_is_type(params.type_k)) {
+        LLAMA_LOG_WARN("%s: keys are %s\n", __func__, llama_tq_center_describe(model).c_str());
+    }
     in_use.n_users++;
     return std::shared_ptr<const void>(&in_use, [](const void *) {
         std::lock_guard<std::mutex> lock(in_use.mutex);

@@ -11,13 +11,24 @@
 
 struct llama_model;
 struct llama_model_loader;
+struct llama_hparams;
 struct llama_context_params;
 class  llama_kv_cells;
 class  llm_graph_result;
 
-// model load: the parameters in the file's turboquant.* metadata (docs/format.md section 8), nullptr if it has none;
-// throws, naming the key, if they are not valid, and if a weight is of a cache type
-std::shared_ptr<const tq_params> llama_tq_load(const llama_model_loader & ml);
+enum llama_tq_center_kind { LLAMA_TQ_CENTER_NONE, LLAMA_TQ_CENTER_BIAS, LLAMA_TQ_CENTER_MEAN };
+
+// what a file's turboquant.* metadata says (docs/format.md section 8)
+struct llama_tq_model {
+    tq_params            params;
+    llama_tq_center_kind center_kind;
+    std::vector<float>   centers; // for LLAMA_TQ_CENTER_MEAN: of all layers' key heads, before RoPE
+    uint64_t             center_hash;
+};
+
+// model load: that metadata, nullptr if the file has none; throws, naming the key, if it is not valid, and if a weight is
+// of a cache type
+std::shared_ptr<const llama_tq_model> llama_tq_load(const llama_model_loader & ml, const llama_hparams & hparams);
 
 // llama_context: makes the model's parameters those of the process for as long as the result lives (nullptr: no cache of
 // these types). A model that brings none uses the built-in ones, or shares those in use; throws if others are in use.
