@@ -1,21 +1,44 @@
-"""Where a model's codebooks come from: exact for a block's dimension, the Gaussian limit, or its own rows."""
+"""What a model's metadata are made of.
+
+Codebooks: exact for a block's dimension, the Gaussian limit, or from the model's own rows. Centers: the means of its
+keys before RoPE, over a text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ggml_tq.cache_types import BLOCK, CODEBOOK_TYPES, TqType
-from ggml_tq.capture import Capture
+from ggml_tq.capture import ROPE_MROPE, Capture, Layer, Request, capture
+from ggml_tq.center import Centers
 from ggml_tq.codebook import Codebook, from_samples, solve
+from ggml_tq.gguf_file import Header, read_vector, tensors
+from ggml_tq.hparams import KeyShape, key_shapes
 from ggml_tq.params import Params, Quantizer
 from ggml_tq.signs import ROTATION_SEED, SKETCH_SEED
+from ggml_tq.study import SINKS
 from ggml_tq.transform import rht
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 MAX_BLOCKS = 1 << 16  # for each of keys and values: 4 million coordinates
+CHUNK = 1024  # tokens that a model reads at a time
+CHARACTERS = 32  # of the text for each token, at most: more than any tokenizer's mean
+
+
+class CalibrationError(Exception):
+    """A model or text that gives no centers; one line for the user."""
+
+
+# ---- codebooks
 
 
 def params_of(
@@ -74,3 +97,115 @@ def calibrated(capture: Capture, rotation_seed: int = ROTATION_SEED) -> Callable
     keys = sample(capture.k)
     both = np.concatenate([keys, sample(capture.v)])
     return lambda tq: from_samples(keys if tq.qjl else both, tq.code_bits)
+
+
+# ---- centers
+
+
+@dataclass
+class KeySums:
+    """Over the counted tokens of one layer: keys before RoPE, (heads, dim), and their squares."""
+
+    layer: Layer
+    tokens: int
+    key: Doubles
+    square: float
+
+    @property
+    def mean(self) -> Doubles:
+        return self.key / self.tokens
+
+    def share(self, center: Doubles) -> float:
+        """The part of the keys' energy that ``center`` (heads, dim) takes away; negative if it adds some."""
+        gone = float(np.sum(center * (2 * self.mean - center)))
+        return gone * self.tokens / self.square if self.square > 0 else 0.0
+
+
+def pieces(text: str, n: int) -> Iterator[str]:
+    """``n`` pieces of a text, evenly spaced, that begin with a word; each long enough for a chunk if the text is."""
+    for i in range(n):
+        piece = text[i * len(text) // n : (i + 1) * len(text) // n]
+        if i:
+            piece = re.sub(r"^\S*\s+", "", piece)
+        yield piece[: CHUNK * CHARACTERS]
+
+
+def _add(sums: dict[int, KeySums], kv: Capture, shapes: Sequence[KeyShape]) -> None:
+    """Adds the keys of a capture."""
+    counts = kv.positions >= SINKS
+    for index, layer in kv.layers.items():
+        if layer.v_in_k:
+            raise CalibrationError("the keys of MLA models are not centered")
+        if not kv.has_k_pre(index):
+            continue
+        rope = layer.rope
+        if rope is not None and (rope.mode & ROPE_MROPE or rope.offset):
+            raise CalibrationError(f"layer {index} has RoPE of mode {rope.mode}, offset {rope.offset}: not supported")
+        shape = KeyShape(layer.n_head_kv, layer.head_dim_k)
+        if index >= len(shapes) or shapes[index] != shape:
+            raise CalibrationError(f"layer {index} has keys of {shape}, which the model's metadata does not say")
+        of_layer = sums.setdefault(index, KeySums(layer, 0, np.zeros((shape.heads, shape.dim)), 0.0))
+        of_layer.tokens += int(counts.sum())
+        for head in range(shape.heads):
+            kv.check_rope(index, head)
+            k = kv.k_pre(index, head)[counts].astype(np.float64)
+            if not np.isfinite(k).all():
+                raise CalibrationError(f"layer {index} has keys that are not finite")
+            of_layer.key[head] += k.sum(axis=0)
+            of_layer.square += float(np.sum(k * k))
+
+
+def key_sums(
+    header: Header,
+    text: Path,
+    tokens: int,
+    folder: Path,
+    directory: Path | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[int, KeySums]:
+    """What a model's keys are over ``tokens`` tokens of a text, in chunks of at most CHUNK, by layer.
+
+    The first SINKS tokens of a chunk do not count. Layers without keys before RoPE are left out. ``folder``: where one
+    chunk's capture lies for a while; ``directory``: of the program, see ``find_program``; ``progress`` is told how many
+    tokens are done. Raises CalibrationError, CaptureError, GgufError or OSError.
+    """
+    shapes, sums, done = key_shapes(header.entries), dict[int, KeySums](), 0
+    n = -(-tokens // CHUNK)
+    content = text.read_text(encoding="utf-8", errors="replace")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".calibrate-") as name:
+        piece, output = Path(name) / text.name, Path(name) / "kv.safetensors"
+        for i, words in enumerate(pieces(content, n)):
+            piece.write_text(words, encoding="utf-8")
+            wanted = min(CHUNK, tokens - i * CHUNK)
+            request = Request(header.path, piece, output, context=CHUNK, max_tokens=wanted, force=True)
+            with capture(request, lambda now, _: progress(done + now), directory=directory) as kv:  # noqa: B023
+                _add(sums, kv, shapes)
+                done += len(kv.tokens)
+    if not sums:
+        raise CalibrationError("no layer of this model turns its keys by RoPE as the last step: nothing to center")
+    if not all(of_layer.tokens for of_layer in sums.values()):
+        raise CalibrationError(f"{text}: {done} tokens, of which none is after the first {SINKS} of its chunk")
+    return sums
+
+
+def mean_centers(header: Header, sums: Mapping[int, KeySums]) -> Centers:
+    """The centers of kind ``mean``; zeros for layers that have no sums."""
+    shapes = key_shapes(header.entries)
+    parts = [sums[i].mean.ravel() if i in sums else np.zeros(shape.size) for i, shape in enumerate(shapes)]
+    return Centers("mean", np.concatenate(parts).astype(np.float32))
+
+
+def key_biases(header: Header, sums: Mapping[int, KeySums]) -> dict[int, Doubles]:
+    """The biases (heads, dim) of key projections, alone or with queries and values, of layers that have one."""
+    found, biases = {t.name: t for t in tensors(header)}, {}
+    for index, of_layer in sums.items():
+        layer, shape = of_layer.layer, of_layer.key.shape
+        alone, fused = (found.get(f"blk.{index}.{name}.bias") for name in ("attn_k", "attn_qkv"))
+        if alone is not None:
+            biases[index] = read_vector(header, alone).astype(np.float64).reshape(shape)
+        elif fused is not None:
+            first = layer.n_head * layer.head_dim_k
+            biases[index] = (
+                read_vector(header, fused)[first : first + math.prod(shape)].astype(np.float64).reshape(shape)
+            )
+    return biases

@@ -200,6 +200,14 @@ class Capture:
             raise CaptureError(f"layer {layer} has no keys before RoPE: RoPE is not the last step of its keys")
         return self._head(f"k_pre.{layer}", head)
 
+    def check_rope(self, layer: int, head: int) -> None:
+        """Raises CaptureError unless RoPE as recorded turns some keys before it into those after it."""
+        rope, after, before = self.layers[layer].rope, self.k(layer, head), self.k_pre(layer, head)
+        some = np.unique(np.linspace(0, len(after) - 1, 64).astype(int))
+        again = rope.apply(before[some], self.positions[some]) if rope else before[some]
+        if np.max(np.abs(again - after[some])) > 1e-3 * np.max(np.abs(after[some])):
+            raise CaptureError(f"layer {layer}: RoPE as recorded does not turn the keys before it into those after it")
+
     def v(self, layer: int, head: int | None = None) -> Floats:
         if self.layers[layer].v_in_k:
             return np.ascontiguousarray(self.k(layer, head)[..., : self.layers[layer].head_dim_v])
@@ -224,9 +232,11 @@ def load_capture(path: str | Path) -> Capture:
 # ---- making
 
 
-def find_program() -> Path:
-    """``llama-tq-capture`` of $GGML_TQ_BUILD, else of the checkout that this package is in, else on the PATH."""
-    if build := os.environ.get("GGML_TQ_BUILD"):
+def find_program(directory: Path | None = None) -> Path:
+    """``llama-tq-capture`` in a directory; by default of $GGML_TQ_BUILD, else of this checkout, else on the PATH."""
+    if directory is not None:
+        candidates = [directory / PROGRAM]
+    elif build := os.environ.get("GGML_TQ_BUILD"):
         candidates = [Path(build) / "bin" / PROGRAM]
     else:
         candidates = [Path(__file__).resolve().parents[2] / "build" / "bin" / PROGRAM]
@@ -234,6 +244,8 @@ def find_program() -> Path:
     for path in candidates:
         if path.is_file():
             return path
+    if directory is not None:
+        raise CaptureError(f"{PROGRAM} is not in {directory}")
     raise CaptureError(f"{PROGRAM} is not built: run `make build`, or set GGML_TQ_BUILD to the build directory")
 
 
@@ -267,13 +279,14 @@ def capture(
     request: Request,
     progress: Callable[[int, int], None] = lambda done, total: None,
     extra: Sequence[str] = (),
+    directory: Path | None = None,
 ) -> Capture:
     """Run the program and open what it wrote.
 
-    ``progress`` is told tokens done and in all; ``extra`` are further options of llama.cpp's programs. Raises
-    CaptureError; then there is no new file.
+    ``progress`` is told tokens done and in all; ``extra`` are further options of llama.cpp's programs; the program is
+    looked for in ``directory`` (see ``find_program``). Raises CaptureError; then there is no new file.
     """
-    program = find_program()
+    program = find_program(directory)
     for file in (request.model, request.text):
         if not file.is_file():
             raise CaptureError(f"{file} is missing")

@@ -23,7 +23,7 @@ class KeyShape:
 
 
 def key_shapes(entries: Iterable[Entry]) -> tuple[KeyShape, ...]:
-    """Of each layer but those of multi-token prediction. Raises GgufError if the metadata do not say it.
+    """Of each layer, those of multi-token prediction too. Raises GgufError if the metadata do not say it.
 
     Layers that are recurrent or use another layer's cache count like others if the file gives them heads.
     """
@@ -50,7 +50,7 @@ def key_shapes(entries: Iterable[Entry]) -> tuple[KeyShape, ...]:
             raise GgufError(f"{arch}.{name} has {len(value)} numbers for {n_layer} layers")
         return value[:n_layer]
 
-    n_layer = number("block_count") - number("nextn_predict_layers", 0)
+    n_layer = number("block_count")
     heads = each("attention.head_count", numbers("attention.head_count"))
     heads_kv = each("attention.head_count_kv", numbers("attention.head_count_kv", heads))
     full = number("attention.key_length", number("embedding_length") // heads[0] if heads and heads[0] else 0)

@@ -30,7 +30,7 @@ PLAIN = {"block_count": 3, "embedding_length": 256, "attention__head_count": 4}
         ({**PLAIN, "attention__head_count_kv": 2}, [(2, 64)] * 3),
         ({**PLAIN, "attention__head_count_kv": 2, "attention__key_length": 128}, [(2, 128)] * 3),
         ({**PLAIN, "attention__head_count_kv": [2, 0, 1]}, [(2, 64), (0, 64), (1, 64)]),
-        ({**PLAIN, "attention__head_count_kv": [2, 0, 1, 4], "nextn_predict_layers": 1}, [(2, 64), (0, 64)]),
+        ({**PLAIN, "attention__head_count_kv": [2, 0, 1, 4], "nextn_predict_layers": 1}, [(2, 64), (0, 64), (1, 64)]),
         ({**PLAIN, "attention__head_count": [4, 8, 2]}, [(4, 64), (8, 64), (2, 64)]),
         (
             {**PLAIN, "attention__key_length_swa": 32, "attention__sliding_window_pattern": [True, False, True]},

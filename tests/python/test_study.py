@@ -16,7 +16,7 @@ from random_models import DeepSeek2
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from ggml_tq.capture import Request, Rope, capture, load_capture
+from ggml_tq.capture import CaptureError, Request, Rope, capture, load_capture
 from ggml_tq.cli import app
 from ggml_tq.quantizers import QuantizerError, Recipe, parse, upstream_rotation
 from ggml_tq.reference.scalar import Q4_0, Q8_0
@@ -306,7 +306,7 @@ def test_mean_before_rope(tmp_path: Path) -> None:
     assert before.logit_variance < after.logit_variance / 3 < none.logit_variance / 3
 
     wrong = write(tmp_path / "wrong.st", key=lambda _: k[::-1].copy(), k_pre=k_pre)
-    with pytest.raises(StudyError, match="RoPE as recorded does not turn"):
+    with pytest.raises(CaptureError, match="RoPE as recorded does not turn"):
         scores(wrong, (EXACT, EXACT))
 
 

@@ -12,9 +12,10 @@ from ggml_tq import __version__
 HELP = """TurboQuant KV cache types for llama.cpp: learn them, measure them, prepare a model for them.
 
 - **learn**: `types` lists the cache types; `distortion` compares every algorithm with the Shannon bound.
-- **prepare**: `stamp` writes a model's own seeds and codebooks into its metadata, `inspect` shows them, `strip` removes
-  them. `capture` records real queries, keys and values; `study` says what quantizers make of them, and `stamp` can
-  calibrate codebooks on them. `train-trellis` makes the tables of trellis codes, which no cache type has yet.
+- **prepare**: `calibrate` writes the means of a model's keys into its metadata, for the cache to center them by;
+  `stamp` writes seeds and codebooks, `inspect` shows all of it, `strip` removes it. `capture` records real queries,
+  keys and values; `study` says what quantizers make of them, and `stamp` can take codebooks from them. `train-trellis`
+  makes the tables of trellis codes.
 - **measure**: `eval` (perplexity, KL divergence), `retrieval` and `bench` run the fork's own programs and record what
   they find; `report` makes tables and plots of it.
 
@@ -22,9 +23,9 @@ A first round, with the programs of `make build`:
 
     ggml-tq fetch smollm2 wiki
     ggml-tq eval -m models/SmolLM2-135M-Instruct.Q4_1.gguf -f models/wiki.txt --help
-    ggml-tq stamp models/SmolLM2-135M-Instruct.Q4_1.gguf -o stamped.gguf --seed 7
-    ggml-tq inspect stamped.gguf
-    build/bin/llama-cli -m stamped.gguf -ctk tq3 -ctv tq3
+    ggml-tq calibrate -m models/SmolLM2-135M-Instruct.Q4_1.gguf -f models/wiki.txt -o calibrated.gguf
+    ggml-tq inspect calibrated.gguf
+    build/bin/llama-cli -m calibrated.gguf -ctk tq3 -ctv tq3
 
 Exit status: 0 done, 1 an error (one line on standard error), 2 a wrong command line.
 """
