@@ -148,7 +148,7 @@ def test_cli_fetch_uses_the_environment(tmp_path: Path, monkeypatch: pytest.Monk
 def test_cli_types() -> None:
     runner = CliRunner()
     rows = json.loads(runner.invoke(app, ["types", "--json"]).output)
-    assert [r["id"] for r in rows] == list(range(120, 126))
+    assert [r["id"] for r in rows] == list(range(120, 129))
     assert rows[1]["distortion"] == pytest.approx(0.0333908, rel=1e-5)
     table = runner.invoke(app, ["types"]).output
     assert all(r["name"] in table for r in rows)
