@@ -191,7 +191,7 @@ def test_a_remote_device_refuses_a_model_s_parameters(fork: Fork, stamped: dict[
         assert process.poll() is None
 
 
-@pytest.mark.parametrize(("type_id", "block_bytes"), [(121, 26), (125, 34), (126, 136)])
+@pytest.mark.parametrize(("type_id", "block_bytes"), [(121, 26), (125, 34), (127, 26), (129, 136)])
 def test_weights_of_cache_types_are_refused(
     fork: Fork, random_model: Models, tmp_path: Path, type_id: int, block_bytes: int
 ) -> None:

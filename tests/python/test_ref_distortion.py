@@ -33,8 +33,9 @@ def test_is_complete_and_above_the_bound() -> None:
     assert [(m.dim, m.family, m.width, m.name, pytest.approx(m.bits, abs=1e-5)) for m in measures] == want
     assert all(m.distortion > 4.0**-m.bits for m in measures)
     assert [(t.what, t.arrays) for t in times] == [(what, kind) for what, kind, _ in d.speeds()]
-    # seconds, not minutes: of the recording's processor time, so that a busy machine does not count
-    assert all(t.cpu_seconds < 30 for t in times)
+    # seconds, not minutes, but for a trellis: it goes over each coordinate ten times, with 64 branches; of the
+    # recording's processor time, so that a busy machine does not count
+    assert all(t.cpu_seconds < (300 if "tcq" in t.what else 30) for t in times)
 
 
 @pytest.mark.parametrize("dim", d.DIMS)

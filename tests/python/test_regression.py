@@ -22,7 +22,7 @@ from conftest import PROSE, Divergence
 from random_models import Llama
 
 from ggml_tq import metadata
-from ggml_tq.cache_types import TYPES
+from ggml_tq.cache_types import CODEBOOK_TYPES
 from ggml_tq.eval.runs import PATHS, Figure, Pair, PathKind
 from ggml_tq.params import DEFAULT, Params, Quantizer
 
@@ -118,7 +118,7 @@ def moved_centroid(name: str) -> Params:
     return Params(quantizers={**DEFAULT.quantizers, name: Quantizer(c, quantizer.kappa)})
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", CODEBOOK_TYPES)
 def test_a_moved_centroid_is_noticed(measure: Measure, baseline: dict[str, Any], tmp_path: Path, name: str) -> None:
     """The bounds are tight enough to fail when one centroid of a codebook is wrong (measured: by 3.9 to 23 errors)."""
     broken = tmp_path / "broken.gguf"
