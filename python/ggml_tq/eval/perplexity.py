@@ -17,9 +17,10 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from ggml_tq.eval.runs import Cache, EvalError, Figure, Pair, PathKind, Settings, sha256
 
@@ -93,16 +94,22 @@ class Program:
 
     def check(self, pair: Pair, flags: Sequence[str]) -> None:
         """Raise EvalError if the program does not take these options; cheap, as it then only prints its version."""
-        self.run([*flags, "-ctk", pair.k, "-ctv", pair.v, "--version"])
+        k, v = pair.types
+        self.run([*flags, "-ctk", k, "-ctv", v, "--version"])
 
     def run(
-        self, args: Sequence[object], on_output: Callable[[str], None] = lambda _: None, *, share_cores: bool = True
+        self,
+        args: Sequence[object],
+        on_output: Callable[[str], None] = lambda _: None,
+        *,
+        share_cores: bool = True,
+        extra_environment: Mapping[str, str] = MappingProxyType({}),
     ) -> str:
         """Run to the end and return all it printed. Raises EvalError if it fails.
 
         With `share_cores` idle threads sleep rather than spin, for other work's sake.
         """
-        env = environment() | ({"OMP_WAIT_POLICY": "passive"} if share_cores else {})
+        env = environment() | ({"OMP_WAIT_POLICY": "passive"} if share_cores else {}) | dict(extra_environment)
         process = subprocess.Popen(
             [str(self.path), *map(str, args)],
             stdin=subprocess.DEVNULL,
@@ -177,7 +184,8 @@ def printed_cache(log: str, pair: Pair) -> Printed:
         raise EvalError("the program did not print its cache types")
     for _, k, _, v, mib_v in found:
         one_tensor = float(mib_v) == 0  # MLA: keys and values together, of the key's type
-        for role, wanted, printed in (("K", pair.k, k), ("V", pair.k if one_tensor else pair.v, v)):
+        want_k, want_v = pair.types
+        for role, wanted, printed in (("K", want_k, k), ("V", want_k if one_tensor else want_v, v)):
             if printed != wanted and not printed.startswith(wanted + "_"):
                 raise EvalError(f"{role} of type {wanted} was asked for, the cache is {printed}")
     if len({(k, v) for _, k, _, v, _ in found}) != 1:
@@ -295,10 +303,12 @@ def compare(
 ) -> tuple[Cache, dict[str, Figure], tuple[float, ...]]:
     """Run one pair of cache types against the base: the effective cache, the figures, the mean KLD of each chunk."""
     flags = [*flags, *(DECODE if path == "decode" else ())]
-    args = [*_args(model, context, threads, flags), "-ctk", pair.k, "-ctv", pair.v]
+    k, v = pair.types
+    args = [*_args(model, context, threads, flags), "-ctk", k, "-ctv", v]
     log = program.run(
         [*args, "--kl-divergence", "--kl-divergence-base", base.logits],
         lambda text: progress(len(_CHUNK.findall(text))),
+        extra_environment=pair.environment,
     )
     cache = effective_cache(printed_cache(log, pair), base.cache)
     _check_chunks(log, chunks)

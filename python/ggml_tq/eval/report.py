@@ -34,7 +34,7 @@ Both are compared with logits of batched f16. The floor is not 0: bf16, or f16 o
 by rounding (only batched f16 and f32 have upstream's tiled kernel), which quantized weights amplify, as activations are
 rounded to 8 bits for them. Divergences as small as theirs say nothing of a type. Batched f16 itself is off by what the
 program's file of logits loses: 16 bits each, at most 16 below the largest.
-Upstream's types have upstream's rotation. ± is one standard error, over tokens. Bits a value are the printed size of
+Upstream's types have upstream's rotation, those marked -norot not. ± is one standard error, over tokens. Bits a value are the printed size of
 the cache over that of the f16 cache, keys and values together.
 
 Written by `ggml-tq report`; the records behind it, with hashes and processor, are in {inputs}.
@@ -76,7 +76,7 @@ def groups(records: Iterable[Record]) -> list[Group]:
 
 def _row(r: Record) -> str:
     cells = (
-        f"{r.cache.k} / {r.cache.v}",
+        " / ".join(r.names),
         r.path,
         f"{r.cache.bits:.2f}",
         _number(r.value("ppl"), 3),
@@ -142,7 +142,7 @@ def compact(records: Iterable[Record]) -> str:
     for i, column in enumerate(columns):
         for r in column:
             if (r.cache.k, r.cache.v) != ("f16", "f16"):  # 0
-                rows[r.cache.k, r.cache.v][i] = r
+                rows[r.names][i] = r
     heads = [f"{short_name(c[0].settings.model)}, {c[0].settings.context} tokens" for c in columns]
     lines = [f"| K / V | bits a value | {' | '.join(heads)} |", "|---|--:|" + "--:|" * len(columns)]
     for (k, v), cells in sorted(rows.items(), key=lambda row: -next(iter(row[1].values())).cache.bits):
@@ -246,7 +246,7 @@ def plot_context(model_groups: Sequence[Group], path: Path) -> bool:
     for group in alike:
         for r in group:
             if r.path == "batched" and r.cache.bits < 16 and (r.value("kld") or 0) > 0:
-                lines[f"{r.cache.k} / {r.cache.v}"].append(r)
+                lines[" / ".join(r.names)].append(r)
     lines = {name: rs for name, rs in lines.items() if len(rs) > 1}
     if not lines:
         return False

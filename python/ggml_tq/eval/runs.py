@@ -24,6 +24,8 @@ SCHEMA = 1
 REPO = Path(__file__).resolve().parents[3]
 LABELS = frozenset({"model", "text"})  # names of files; their hashes are what counts
 
+NO_ROTATION = "-norot"
+
 PathKind = Literal["batched", "decode"]
 PATHS: tuple[PathKind, ...] = ("batched", "decode")
 Json = dict[str, Any]
@@ -54,7 +56,10 @@ def sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Pair:
-    """A cache type for keys and one for values, as on a command line."""
+    """A cache type for keys and one for values, as on a command line.
+
+    ``q4_0-norot``: with upstream's own rotation of keys and values off. It is one switch for both, so both say it.
+    """
 
     k: str
     v: str
@@ -65,7 +70,19 @@ class Pair:
         k, slash, v = text.strip().partition("/")
         if not k or (slash and not v) or "/" in v:
             raise EvalError(f"'{text}' is no pair of cache types: want K/V, or one type for both")
+        if k.endswith(NO_ROTATION) != (v or k).endswith(NO_ROTATION):
+            raise EvalError(f"'{text}': {NO_ROTATION} is for both or for neither")
         return cls(k, v or k)
+
+    @property
+    def types(self) -> tuple[str, str]:
+        """Of keys and values, as the programs name them."""
+        return self.k.removesuffix(NO_ROTATION), self.v.removesuffix(NO_ROTATION)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the programs need in theirs."""
+        return {"LLAMA_ATTN_ROT_DISABLE": "1"} if self.k.endswith(NO_ROTATION) else {}
 
     def __str__(self) -> str:
         return self.k if self.k == self.v else f"{self.k}/{self.v}"
@@ -138,6 +155,12 @@ class Record:
     @property
     def key(self) -> tuple[str, Pair, PathKind]:
         return self.settings.key(), self.pair, self.path
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The effective types of keys and values, and whether upstream's rotation was off."""
+        off = NO_ROTATION if self.pair.environment else ""
+        return self.cache.k + off, self.cache.v + off
 
     def value(self, name: str) -> float | None:
         return self.figures[name][0]
