@@ -55,7 +55,9 @@ fetch: $(VENV)/.done
 
 # a day on two cores; every result is kept as soon as it is there, and the same command goes on where it was
 eval: build
-	$(BIN)/ggml-tq fetch smollm2 gemma3 qwen05 qwen15 wiki
+	$(BIN)/ggml-tq fetch smollm2 gemma3 qwen05 qwen15 wiki c4
+	for m in SmolLM2-135M-Instruct.Q4_1 gemma-3-270m-q4_k_m qwen2.5-coder-0.5b-instruct-q4_k_m qwen2.5-coder-1.5b-instruct-q4_k_m; do \
+	    test -f models/$$m-tq.gguf || $(BIN)/ggml-tq calibrate -m models/$$m.gguf -f models/c4.txt -o models/$$m-tq.gguf || exit 1; done
 	$(BIN)/ggml-tq eval --matrix --no-keep-base
 	$(BIN)/ggml-tq report --readme README.md
 

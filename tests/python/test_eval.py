@@ -398,13 +398,19 @@ def test_pairs() -> None:
     for wrong in ("", "/tq3", "tq3/", "a/b/c"):
         with pytest.raises(EvalError, match="no pair"):
             Pair.parse(wrong)
+    unrotated = Pair.parse("q4_0-norot")
+    assert unrotated.types == ("q4_0", "q4_0") and unrotated.environment
+    assert not Pair.parse("q4_0").environment
+    with pytest.raises(EvalError, match="for both"):
+        Pair.parse("q4_0-norot/q8_0")
 
 
 def test_the_long_matrix_is_complete(tmp_path: Path) -> None:
     plans = matrix.long_matrix(tmp_path)
     models = {p.model for p in plans}
     assert len(models) == 4
-    wanted = ("bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "tq4", "tq3", "tq2", "q8_0/tq3", "tq4/tq3")
+    wanted = ("bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q4_0-norot")
+    wanted += ("tq4", "tq3", "tq2", "tq4_tcq", "tq3_tcq", "tq2_tcq", "q8_0/tq3_tcq", "tq4_tcq/tq3_tcq")
     for model in models:
         of = {
             (str(k), c, path)
@@ -415,5 +421,5 @@ def test_the_long_matrix_is_complete(tmp_path: Path) -> None:
             for path in p.paths
         }
         assert {(t, 2048, "batched") for t in wanted} <= of
-        assert {("q8_0", 8192, "batched"), ("tq3", 8192, "batched"), ("tq3", 2048, "decode")} <= of
+        assert {("q8_0", 8192, "batched"), ("tq3_tcq", 8192, "batched"), ("tq3_tcq", 2048, "decode")} <= of
     assert all(p.chunks(c) * c >= 20_000 for p in plans for c in p.contexts)
