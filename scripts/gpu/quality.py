@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""``ggml-tq eval`` where Python packages cannot be installed: the same runs and records, from the standard library alone.
+"""``ggml-tq eval`` where Python packages cannot be installed: the same runs and records, from the standard library.
 
 quality.py --bin DIR --text FILE --types f16,q4_0,tq3_tcq -o OUT.jsonl MODEL...
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "python"))
 
-from ggml_tq.eval import matrix, perplexity, runs  # noqa: E402
+from ggml_tq.eval import matrix, perplexity, runs
 
 
 def main() -> int:

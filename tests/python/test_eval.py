@@ -399,7 +399,8 @@ def test_pairs() -> None:
         with pytest.raises(EvalError, match="no pair"):
             Pair.parse(wrong)
     unrotated = Pair.parse("q4_0-norot")
-    assert unrotated.types == ("q4_0", "q4_0") and unrotated.environment
+    assert unrotated.types == ("q4_0", "q4_0")
+    assert unrotated.environment
     assert not Pair.parse("q4_0").environment
     with pytest.raises(EvalError, match="for both"):
         Pair.parse("q4_0-norot/q8_0")

@@ -34,8 +34,8 @@ Both are compared with logits of batched f16. The floor is not 0: bf16, or f16 o
 by rounding (only batched f16 and f32 have upstream's tiled kernel), which quantized weights amplify, as activations are
 rounded to 8 bits for them. Divergences as small as theirs say nothing of a type. Batched f16 itself is off by what the
 program's file of logits loses: 16 bits each, at most 16 below the largest.
-Upstream's types have upstream's rotation, those marked -norot not. ± is one standard error, over tokens. Bits a value are the printed size of
-the cache over that of the f16 cache, keys and values together.
+Upstream's types have upstream's rotation, those marked -norot not. ± is one standard error, over tokens. Bits a value
+are the printed size of the cache over that of the f16 cache, keys and values together.
 
 Written by `ggml-tq report`; the records behind it, with hashes and processor, are in {inputs}.
 """
