@@ -74,7 +74,7 @@ class Server:
             response = connection.getresponse()
             return response.status, json.loads(response.read())
 
-    def complete(self, prompt: str, n: int, slot: int = -1, **options: object) -> Json:
+    def complete(self, prompt: str | list[int], n: int, slot: int = -1, **options: object) -> Json:
         """A greedy completion of exactly n tokens."""
         body = {"prompt": prompt, "n_predict": n, "temperature": 0, "ignore_eos": True, "id_slot": slot}
         status, answer = self.request("POST", "/completion", body | options)

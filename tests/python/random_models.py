@@ -12,6 +12,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 SCORE_STD = 2.0
 N_VOCAB = 2048
@@ -59,14 +60,58 @@ class DeepSeek2:
     n_layer: int = 2
 
 
-Model = Llama | Gemma3 | DeepSeek2
+@dataclass(frozen=True)
+class Biased:
+    """Keys with a large bias in pairs that turn fast, as Qwen2.5 has it, which queries hardly look at.
+
+    Architectures: qwen2 (NEOX pairs), stablelm (NEOX, RoPE of a part of a head), llama (adjacent pairs, RoPE factors),
+    chatglm (adjacent pairs, one projection of queries, keys and values), granite (without RoPE if ``rope_dim`` is 0).
+    """
+
+    arch: str = "qwen2"
+    head_dim: int = 64
+    n_head: int = 4
+    n_head_kv: int = 2
+    n_layer: int = 2
+    rope_dim: int | None = None  # of a head; None: all
+    bias: float = 20.0
+    rope_factors: bool = False
+    yarn: float = 0.0  # factor by which the context of 64 tokens is extended
+    seed: int = 0  # of the biases
+
+    @property
+    def n_rot(self) -> int:
+        return self.head_dim if self.rope_dim is None else self.rope_dim
+
+    @property
+    def n_embd(self) -> int:
+        return self.head_dim * self.n_head
+
+    def biased(self) -> list[int]:
+        """The coordinates of a head that have a bias: the fastest pairs, and some that do not turn."""
+        pairs = range(self.n_rot // 8)
+        if self.arch in ("qwen2", "stablelm"):
+            turned = [*pairs, *(i + self.n_rot // 2 for i in pairs)]
+        else:
+            turned = list(range(2 * len(pairs)))
+        return turned + list(range(self.n_rot, self.head_dim, 4))
+
+    def key_bias(self) -> NDArray[np.float32]:
+        """(n_layer, n_head_kv, head_dim)"""
+        rng = np.random.default_rng(self.seed)
+        b = np.zeros((self.n_layer, self.n_head_kv, self.head_dim), np.float32)
+        b[..., self.biased()] = self.bias * rng.standard_normal((self.n_layer, self.n_head_kv, len(self.biased())))
+        return b
+
+
+Model = Llama | Gemma3 | DeepSeek2 | Biased
 
 
 class _Weights:
     """Adds tensors to a writer; `std` is the gain of one output for inputs of unit variance."""
 
-    def __init__(self, writer: gguf.GGUFWriter) -> None:
-        self.writer = writer
+    def __init__(self, writer: gguf.GGUFWriter, n_embd: int = N_EMBD) -> None:
+        self.writer, self.n_embd = writer, n_embd
         self.rng = np.random.default_rng(20240607)
 
     def matrix(self, name: str, n_out: int, n_in: int, std: float = 1.0, heads: int | None = None) -> None:
@@ -78,15 +123,15 @@ class _Weights:
         self.writer.add_tensor(f"{name}.weight", np.full(n, value, dtype=np.float32))
 
     def ends(self, embd_std: float = 1.0) -> None:
-        self.matrix("token_embd", N_VOCAB, N_EMBD, embd_std * np.sqrt(N_EMBD))
-        self.norm("output_norm", N_EMBD)
-        self.matrix("output", N_VOCAB, N_EMBD, std=2.0)
+        self.matrix("token_embd", N_VOCAB, self.n_embd, embd_std * np.sqrt(self.n_embd))
+        self.norm("output_norm", self.n_embd)
+        self.matrix("output", N_VOCAB, self.n_embd, std=2.0)
 
     def ffn(self, block: str) -> None:
-        self.norm(f"{block}.ffn_norm", N_EMBD)
-        self.matrix(f"{block}.ffn_gate", N_FF, N_EMBD)
-        self.matrix(f"{block}.ffn_up", N_FF, N_EMBD)
-        self.matrix(f"{block}.ffn_down", N_EMBD, N_FF, std=0.5)
+        self.norm(f"{block}.ffn_norm", self.n_embd)
+        self.matrix(f"{block}.ffn_gate", N_FF, self.n_embd)
+        self.matrix(f"{block}.ffn_up", N_FF, self.n_embd)
+        self.matrix(f"{block}.ffn_down", self.n_embd, N_FF, std=0.5)
 
 
 @cache
@@ -188,18 +233,71 @@ def _deepseek2(w: _Weights, m: DeepSeek2) -> None:
         w.ffn(block)
 
 
+def _biased(w: _Weights, m: Biased) -> None:
+    w.writer.add_key_length(m.head_dim)
+    w.writer.add_value_length(m.head_dim)
+    w.writer.add_rope_dimension_count(m.n_rot or m.head_dim)
+    w.writer.add_head_count(m.n_head)
+    w.writer.add_head_count_kv(m.n_head_kv)
+    if m.arch == "granite":
+        w.writer.add_logit_scale(1.0)
+        w.writer.add_rope_scaling_finetuned(m.n_rot > 0)  # upstream's word for whether there is RoPE
+    if m.arch == "stablelm":
+        w.writer.add_layer_norm_eps(1e-5)
+        w.writer.add_parallel_residual(use=False)
+    w.ends()
+    norms = ["output_norm"]
+    if m.yarn:
+        w.writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        w.writer.add_rope_scaling_factor(m.yarn)
+        w.writer.add_rope_scaling_orig_ctx_len(64)
+    if m.rope_factors:
+        w.writer.add_tensor("rope_freqs.weight", np.geomspace(1, 8, m.n_rot // 2).astype(np.float32))
+    gain = SCORE_STD**0.5
+    rows = (m.n_head * m.head_dim, m.n_head_kv * m.head_dim, m.n_head_kv * m.head_dim)
+    for il in range(m.n_layer):
+        block = f"blk.{il}"
+        q, k, v = (
+            w.rng.standard_normal((n, m.n_embd), dtype=np.float32) * np.float32(std / np.sqrt(m.n_embd))
+            for n, std in zip(rows, (gain, gain, 2.0), strict=True)
+        )
+        q.reshape(m.n_head, m.head_dim, m.n_embd)[:, m.biased()] *= 0.04  # so that attention is not one-hot
+        weights, biases = [q, k, v], [np.zeros(n, np.float32) for n in rows]
+        biases[1] = m.key_bias()[il].reshape(-1)
+        names = ["attn_q", "attn_k", "attn_v"]
+        if m.arch == "chatglm":
+            weights, biases, names = [np.concatenate(weights)], [np.concatenate(biases)], ["attn_qkv"]
+        for name, weight, bias in zip(names, weights, biases, strict=True):
+            w.writer.add_tensor(f"{block}.{name}.weight", weight.astype(np.float16))
+            w.writer.add_tensor(f"{block}.{name}.bias", bias)
+        w.norm(f"{block}.attn_norm", m.n_embd)
+        w.matrix(f"{block}.attn_output", m.n_embd, rows[0])
+        if m.arch == "chatglm":
+            w.norm(f"{block}.ffn_norm", m.n_embd)
+            w.matrix(f"{block}.ffn_up", 2 * N_FF, m.n_embd)
+            w.matrix(f"{block}.ffn_down", m.n_embd, N_FF, std=0.5)
+        else:
+            w.ffn(block)
+        norms += [f"{block}.attn_norm", f"{block}.ffn_norm"]
+    if m.arch == "stablelm":
+        for norm in norms:
+            w.writer.add_tensor(f"{norm}.bias", np.zeros(m.n_embd, np.float32))
+
+
 def write_model(path: Path, model: Model, tokenizer: Path) -> Path:
     """Write `model` to `path` with the tokenizer of the GGUF `tokenizer`."""
-    arch = type(model).__name__.lower()
+    arch = model.arch if isinstance(model, Biased) else type(model).__name__.lower()
+    n_embd = model.n_embd if isinstance(model, Biased) else N_EMBD
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(model.n_layer)
     writer.add_context_length(N_CTX)
-    writer.add_embedding_length(N_EMBD)
+    writer.add_embedding_length(n_embd)
     writer.add_feed_forward_length(N_FF)
     writer.add_vocab_size(N_VOCAB)
     writer.add_layer_norm_rms_eps(1e-5)
     _copy_tokenizer(writer, tokenizer)
-    {Llama: _llama, Gemma3: _gemma3, DeepSeek2: _deepseek2}[type(model)](_Weights(writer), model)
+    fill = {Llama: _llama, Gemma3: _gemma3, DeepSeek2: _deepseek2, Biased: _biased}[type(model)]
+    fill(_Weights(writer, n_embd), model)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
