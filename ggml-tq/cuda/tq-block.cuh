@@ -378,12 +378,18 @@ static __device__ __forceinline__ int tq_best(const float * quality) {
 // where rows of keys are centered; pos is nullptr where they are not
 struct tq_key_center {
     const int32_t * pos;
-    const float   * centers;  // [head_dim, n_head_kv]
+    const float   * centers;  // [head_dim, n_head_kv, 3]: centers, scales, 1/scales
     const float   * table;    // [n_rot, 768]
     int             head_dim;
     int             n_rot;
     bool            neox;
+    int             n_head;
 };
+
+// the scale of coordinate i of a head (plane 1), or its reciprocal (plane 2)
+static __device__ __forceinline__ float tq_center_scale(const tq_key_center & c, int head, int i, int plane) {
+    return c.centers[((int64_t) plane*c.n_head + head)*c.head_dim + i];
+}
 
 // X_p(m) at coordinate i of a head; p as in a cell that is empty where it is negative
 static __device__ __forceinline__ float tq_center_at(const tq_key_center & c, int head, int i, int p) {

@@ -20,8 +20,8 @@ static __global__ void __launch_bounds__(32*TQ_DECODE_WARPS) tq_decode_rows(
         if (center.pos) {
             const int p = center.pos[(int64_t) at.i3*rows.ne1 + at.i1];
             const int i = (int) at.ib*64 + lane;
-            v.x += tq_center_at(center, at.i2, i,      p);
-            v.y += tq_center_at(center, at.i2, i + 32, p);
+            v.x = v.x*tq_center_scale(center, at.i2, i,      2) + tq_center_at(center, at.i2, i,      p);
+            v.y = v.y*tq_center_scale(center, at.i2, i + 32, 2) + tq_center_at(center, at.i2, i + 32, p);
         }
         T * y = (T *) (dst + at.floats) + at.ib*64 + lane;
         y[ 0] = ggml_cuda_cast<T>(v.x);

@@ -9,8 +9,8 @@ static __device__ __forceinline__ float2 tq_load(const char * src, const tq_plac
         const int p    = center.pos[at.i1];
         const int head = (int) at.ib*64/center.head_dim;
         const int i    = (int) at.ib*64 - head*center.head_dim + lane;
-        v.x -= tq_center_at(center, head, i,      p);
-        v.y -= tq_center_at(center, head, i + 32, p);
+        v.x = __fmul_rn(v.x - tq_center_at(center, head, i,      p), tq_center_scale(center, head, i,      1));
+        v.y = __fmul_rn(v.y - tq_center_at(center, head, i + 32, p), tq_center_scale(center, head, i + 32, 1));
     }
     return v;
 }

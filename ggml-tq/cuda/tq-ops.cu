@@ -10,6 +10,7 @@ tq_key_center tq_cuda_center(const ggml_tensor * dst, int first) {
     return {
         (const int32_t *) pos->data, (const float *) centers->data, (const float *) table->data,
         (int) centers->ne[0], ggml_get_op_params_i32(table, 1), ggml_get_op_params_i32(table, 0) == 1,
+        (int) centers->ne[1],
     };
 }
 
@@ -30,7 +31,7 @@ bool ggml_tq_cuda_center_supported(const ggml_tensor * dst, const ggml_tensor * 
     return ggml_tq_is_type(k->type) && centers && table &&
         pos->type == GGML_TYPE_I32 && centers->type == GGML_TYPE_F32 && table->type == GGML_TYPE_F32 &&
         ggml_is_contiguous(pos) && ggml_is_contiguous(centers) && ggml_is_contiguous(table) &&
-        centers->ne[0] % TQ_BLOCK_SIZE == 0 && k->ne[0] % centers->ne[0] == 0;
+        centers->ne[0] % TQ_BLOCK_SIZE == 0 && centers->ne[2] == 3 && k->ne[0] % centers->ne[0] == 0;
 }
 
 //

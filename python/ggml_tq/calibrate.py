@@ -1,7 +1,7 @@
 """What a model's metadata are made of.
 
 Codebooks: exact for a block's dimension, the Gaussian limit, or from the model's own rows. Centers: the means of its
-keys before RoPE, over a text.
+keys before RoPE, over a text. Scales: from what its queries ask of them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_tq.cache_types import BLOCK, CODEBOOK_TYPES, TqType
-from ggml_tq.capture import ROPE_MROPE, Capture, Layer, Request, capture
-from ggml_tq.center import Centers
+from ggml_tq.capture import ROPE_MROPE, ROPE_NEOX, Capture, Layer, Request, capture
+from ggml_tq.center import MAX_SCALE, Centers
 from ggml_tq.codebook import Codebook, from_samples, solve
 from ggml_tq.gguf_file import Header, read_vector, tensors
 from ggml_tq.hparams import KeyShape, key_shapes
 from ggml_tq.params import Params, Quantizer
 from ggml_tq.signs import ROTATION_SEED, SKETCH_SEED
-from ggml_tq.study import SINKS
+from ggml_tq.study import SINKS, ExactAttention, tiles
 from ggml_tq.transform import rht
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 MAX_BLOCKS = 1 << 16  # for each of keys and values: 4 million coordinates
 CHUNK = 1024  # tokens that a model reads at a time
+WORTH = 0.8  # the part of the error's power that scales must leave at most, to be used
+FLOOR = 1e-6  # of a head's largest power: what counts for a coordinate with less
 CHARACTERS = 32  # of the text for each token, at most: more than any tokenizer's mean
 
 
@@ -104,12 +106,16 @@ def calibrated(capture: Capture, rotation_seed: int = ROTATION_SEED) -> Callable
 
 @dataclass
 class KeySums:
-    """Over the counted tokens of one layer: keys before RoPE, (heads, dim), and their squares."""
+    """Of one layer, over tokens: keys before RoPE and their squares, (heads, dim), and what scales are made of."""
 
     layer: Layer
-    tokens: int
+    tokens: int  # counted, that is not among the first SINKS of a chunk
     key: Doubles
     square: float
+    queries: Doubles  # squares, of the query heads that read the key head
+    weight: Doubles  # (heads, 1): of all keys, by what attention loses with them
+    weighted: Doubles  # keys
+    weighted_squares: Doubles
 
     @property
     def mean(self) -> Doubles:
@@ -120,6 +126,53 @@ class KeySums:
         gone = float(np.sum(center * (2 * self.mean - center)))
         return gone * self.tokens / self.square if self.square > 0 else 0.0
 
+    @property
+    def _powers(self) -> tuple[Doubles, Doubles]:
+        """Squares of queries and weighted ones of centered keys, (heads, dim), alike for both coordinates of a pair."""
+        q, m = self.queries.copy(), self.mean
+        k = np.maximum(self.weighted_squares - 2 * m * self.weighted + m**2 * self.weight, 0)
+        a, b = pairs(self.layer)
+        for power in (q, k):
+            power[:, a] = power[:, b] = (power[:, a] + power[:, b]) / 2
+        q, k = (np.maximum(p, FLOOR * p.max(axis=-1, keepdims=True) + 1e-30) for p in (q, k))
+        return q, k
+
+    @property
+    def scale(self) -> Doubles:
+        """What to multiply centered keys by, (heads, dim), and divide queries: least error of scores.
+
+        Rounding leaves an error of c |s k|^2 in all coordinates alike, of which a query sees sum(q^2 / s^2). Their
+        product is least for s^2 = |q| / |k|, coordinate by coordinate. Keys count by the variance that their error
+        gives a distribution, p(1 - p), so that the few which most queries look at do not pay for the others. Of
+        geometric mean 1 over a head; ones for heads that would gain less than what one text can tell (WORTH).
+        """
+        q, k = self._powers
+        log = (np.log(q) - np.log(k)) / 4
+        log -= log.mean(axis=-1, keepdims=True)
+        log[self._gains > WORTH] = 0
+        s: Doubles = np.exp(np.clip(log, -math.log(float(MAX_SCALE)), math.log(float(MAX_SCALE))))
+        return s
+
+    @property
+    def _gains(self) -> Doubles:
+        """The power of the scores' error with the best scales, over that without, of each head."""
+        q, k = self._powers
+        gains: Doubles = np.sum(np.sqrt(q * k), axis=-1) ** 2 / (q.sum(axis=-1) * k.sum(axis=-1))
+        return gains
+
+    @property
+    def gain(self) -> float:
+        """The same with the scales as they are, mean over heads."""
+        return float(np.mean(np.where(self._gains > WORTH, 1.0, self._gains)))
+
+
+def pairs(layer: Layer) -> tuple[slice, slice]:
+    """The two coordinates of all pairs that RoPE turns."""
+    if layer.rope is None:
+        return slice(0, 0), slice(0, 0)
+    n = layer.rope.n_dims
+    return (slice(0, n // 2), slice(n // 2, n)) if layer.rope.mode & ROPE_NEOX else (slice(0, n, 2), slice(1, n, 2))
+
 
 def pieces(text: str, n: int) -> Iterator[str]:
     """``n`` pieces of a text, evenly spaced, that begin with a word; each long enough for a chunk if the text is."""
@@ -128,6 +181,21 @@ def pieces(text: str, n: int) -> Iterator[str]:
         if i:
             piece = re.sub(r"^\S*\s+", "", piece)
         yield piece[: CHUNK * CHARACTERS]
+
+
+def _readers(kv: Capture, layer: Layer, head: int) -> tuple[Doubles, Doubles]:
+    """Of the queries that read a key head: squares (dim,), and p(1 - p) of each key (tokens,), summed over them."""
+    k, v = kv.k(layer.index, head), kv.v(layer.index, head)
+    squares, weight = np.zeros(layer.head_dim_k), np.zeros(len(k))
+    sinks = kv.sinks(layer.index)
+    for reader in range(head * layer.group, (head + 1) * layer.group):
+        q = kv.q(layer.index, reader)
+        squares += np.sum(q[SINKS:].astype(np.float64) ** 2, axis=0)
+        sink = None if sinks is None else float(sinks[reader])
+        for tile in tiles(slice(0, len(k)), SINKS, max(layer.window, 0)):
+            p = ExactAttention(layer, q, k, v, tile, sink).p
+            weight[tile.keys] += np.sum(p * (1 - p), axis=0, dtype=np.float64)
+    return squares, weight
 
 
 def _add(sums: dict[int, KeySums], kv: Capture, shapes: Sequence[KeyShape]) -> None:
@@ -144,15 +212,22 @@ def _add(sums: dict[int, KeySums], kv: Capture, shapes: Sequence[KeyShape]) -> N
         shape = KeyShape(layer.n_head_kv, layer.head_dim_k)
         if index >= len(shapes) or shapes[index] != shape:
             raise CalibrationError(f"layer {index} has keys of {shape}, which the model's metadata does not say")
-        of_layer = sums.setdefault(index, KeySums(layer, 0, np.zeros((shape.heads, shape.dim)), 0.0))
+        key, q, wk, wkk = (np.zeros((shape.heads, shape.dim)) for _ in range(4))
+        of_layer = sums.setdefault(index, KeySums(layer, 0, key, 0.0, q, np.zeros((shape.heads, 1)), wk, wkk))
         of_layer.tokens += int(counts.sum())
         for head in range(shape.heads):
             kv.check_rope(index, head)
-            k = kv.k_pre(index, head)[counts].astype(np.float64)
-            if not np.isfinite(k).all():
+            every = kv.k_pre(index, head).astype(np.float64)
+            if not np.isfinite(every).all():
                 raise CalibrationError(f"layer {index} has keys that are not finite")
+            k = every[counts]
             of_layer.key[head] += k.sum(axis=0)
             of_layer.square += float(np.sum(k * k))
+            squares, weight = _readers(kv, layer, head)
+            of_layer.queries[head] += squares
+            of_layer.weight[head] += weight.sum()
+            of_layer.weighted[head] += weight @ every
+            of_layer.weighted_squares[head] += weight @ every**2
 
 
 def key_sums(
@@ -189,10 +264,11 @@ def key_sums(
 
 
 def mean_centers(header: Header, sums: Mapping[int, KeySums]) -> Centers:
-    """The centers of kind ``mean``; zeros for layers that have no sums."""
+    """The centers of kind ``mean`` and their scales; zeros and ones for layers that have no sums."""
     shapes = key_shapes(header.entries)
     parts = [sums[i].mean.ravel() if i in sums else np.zeros(shape.size) for i, shape in enumerate(shapes)]
-    return Centers("mean", np.concatenate(parts).astype(np.float32))
+    scales = [sums[i].scale.ravel() if i in sums else np.ones(shape.size) for i, shape in enumerate(shapes)]
+    return Centers("mean", *(np.concatenate(p).astype(np.float32) for p in (parts, scales)))
 
 
 def key_biases(header: Header, sums: Mapping[int, KeySums]) -> dict[int, Doubles]:

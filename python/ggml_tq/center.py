@@ -21,6 +21,7 @@ Kind = Literal["none", "bias", "mean"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 BIAS_HASH = 0x62696173  # "bias"
 MAX_CENTER = np.float32(1e6)
+MAX_SCALE = np.float32(1024)
 PAGE = 256  # positions, rows of a part of the table
 PARTS = 3  # digits of a position in base PAGE
 
@@ -30,16 +31,22 @@ PARTS = 3  # digits of a position in base PAGE
 
 @dataclass(frozen=True)
 class Centers:
-    """``kind`` and, for ``mean``, all centers: layers in order, each its key heads one after another."""
+    """``kind`` and, for ``mean``, all centers and scales: layers in order, each its key heads one after another."""
 
     kind: Kind
     key: Floats | None = None
+    scale: Floats | None = None  # of the rows' coordinates; for `mean` ones, if not given
+
+    def __post_init__(self) -> None:
+        if self.key is not None and self.scale is None:
+            object.__setattr__(self, "scale", np.ones_like(self.key))
 
     @cached_property
     def hash(self) -> int:
-        """Of ``mean``: 64-bit FNV-1a of the centers' bytes. Of ``bias``: as if a layer has one."""
+        """Of ``mean``: 64-bit FNV-1a of the bytes of centers, then of scales. Of ``bias``: as if a layer has one."""
         if self.key is not None:
-            return fnv1a(self.key.astype("<f4").tobytes())
+            assert self.scale is not None
+            return fnv1a(self.key.astype("<f4").tobytes() + self.scale.astype("<f4").tobytes())
         return BIAS_HASH if self.kind == "bias" else 0
 
 
@@ -54,6 +61,17 @@ def check_centers(values: ArrayLike, want: int, key: str) -> Floats:
         raise ParamsError(key, f"a number is not below {MAX_CENTER:g} in magnitude")
     m.flags.writeable = False
     return m
+
+
+def check_scales(values: ArrayLike, want: int, key: str) -> Floats:
+    """``values`` as ``want`` scales in float32; raises ParamsError, which names ``key``, if they are not valid."""
+    s = np.array(values, dtype=np.float32)
+    if s.shape != (want,):
+        raise ParamsError(key, f"{s.size} numbers, want {want}")
+    if not np.all((s >= 1 / MAX_SCALE) & (s <= MAX_SCALE)):
+        raise ParamsError(key, "a number is not from 1/1024 to 1024")
+    s.flags.writeable = False
+    return s
 
 
 # ---- centers at positions

@@ -12,7 +12,7 @@ from gguf import GGUFValueType as T
 
 from ggml_tq import __version__
 from ggml_tq.cache_types import CODEBOOK_TYPES, FORMAT_VERSION
-from ggml_tq.center import KINDS, Centers, check_centers
+from ggml_tq.center import KINDS, Centers, check_centers, check_scales
 from ggml_tq.gguf_file import (
     Entry,
     GgufError,
@@ -59,8 +59,9 @@ def to_entries(params: Params, centers: Centers, provenance: Mapping[str, str]) 
             entries.append(encode_entry(f"{PREFIX}{name}.kappa", T.FLOAT32, float(q.kappa)))
     entries.append(encode_entry(PREFIX + "hash", T.UINT64, params.hash))
     entries.append(encode_entry(PREFIX + "center.kind", T.STRING, centers.kind))
-    if centers.key is not None:
+    if centers.key is not None and centers.scale is not None:
         entries.append(encode_entry(PREFIX + "center.key", T.ARRAY, centers.key.tolist(), T.FLOAT32))
+        entries.append(encode_entry(PREFIX + "center.scale", T.ARRAY, centers.scale.tolist(), T.FLOAT32))
         entries.append(encode_entry(PREFIX + "center.hash", T.UINT64, centers.hash))
     entries += [encode_entry(PROVENANCE + key, T.STRING, text) for key, text in provenance.items()]
     return entries
@@ -110,7 +111,7 @@ class _Reader:
         if kind is None:
             raise ParamsError(PREFIX + "center.kind", f"unknown kind '{name}', want {', '.join(KINDS)}")
         if kind != "mean":
-            for key in (PREFIX + "center.key", PREFIX + "center.hash"):
+            for key in (PREFIX + "center.key", PREFIX + "center.scale", PREFIX + "center.hash"):
                 if key in self.ours:
                     raise ParamsError(key, f"only for the kind mean, not for {kind}")
             return Centers(kind)
@@ -119,7 +120,9 @@ class _Reader:
             want = sum(shape.size for shape in key_shapes(self.entries))
         except GgufError as e:
             raise ParamsError(PREFIX + "center.key", str(e)) from e
-        centers = Centers(kind, check_centers(values, want, PREFIX + "center.key"))
+        means = check_centers(values, want, PREFIX + "center.key")
+        scales = self.get("center.scale", T.ARRAY, T.FLOAT32)
+        centers = Centers(kind, means, check_scales(scales, want, PREFIX + "center.scale"))
         if self.get("center.hash", T.UINT64) != centers.hash:
             raise ParamsError(PREFIX + "center.hash", "not that of the centers, which were changed or damaged")
         return centers

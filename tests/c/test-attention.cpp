@@ -50,11 +50,15 @@ static center_tensors make_center(ggml_context * ctx, const attn_case & c, std::
     t.table->op_params[0] = c.n_kv%4 == 0; // both orders of pairs
     t.table->op_params[1] = n_rot;
     tq_center_make_table(freqs.data(), n_rot, (float *) t.table->data);
-    t.m   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.d_k, c.n_head_kv);
+    t.m   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.d_k, c.n_head_kv, 3);
     t.pos = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c.n_kv, 1);
     std::normal_distribution<float> normal;
-    for (int64_t i = 0; i < ggml_nelements(t.m); ++i) {
-        ((float *) t.m->data)[i] = normal(rng)*20.0f;
+    const int64_t n = (int64_t) c.d_k*c.n_head_kv;
+    for (int64_t i = 0; i < n; ++i) {
+        float * m = (float *) t.m->data + i;
+        m[0]   = normal(rng)*20.0f;
+        m[n]   = std::exp(0.3f*normal(rng)); // the scale, and its reciprocal
+        m[2*n] = 1.0f/m[n];
     }
     for (int j = 0; j < c.n_kv; ++j) { // cells are not in the order of positions
         ((int32_t *) t.pos->data)[j] = (int32_t) ((j*7919 + 13) % 100000);
@@ -81,7 +85,7 @@ static std::vector<uint8_t> store_centered(ggml_context * ctx, const attn_case &
         ggml_tensor * cache = ggml_new_tensor_2d(ctx, c.type_k, c.d_k, c.n_kv);
         ggml_tensor * set   = ggml_set_rows(ctx, cache, src, idx);
         set->src[GGML_TQ_SRC_SET_ROWS + 0] = t.pos;
-        set->src[GGML_TQ_SRC_SET_ROWS + 1] = ggml_view_2d(ctx, t.m, c.d_k, 1, t.m->nb[1], h*t.m->nb[1]);
+        set->src[GGML_TQ_SRC_SET_ROWS + 1] = ggml_view_3d(ctx, t.m, c.d_k, 1, 3, t.m->nb[1], t.m->nb[2], h*t.m->nb[1]);
         set->src[GGML_TQ_SRC_SET_ROWS + 2] = t.table;
         ggml_cgraph * graph = ggml_new_graph(ctx);
         ggml_build_forward_expand(graph, set);
@@ -93,8 +97,12 @@ static std::vector<uint8_t> store_centered(ggml_context * ctx, const attn_case &
         for (int64_t i = 0; i < (int64_t) c.n_kv*c.d_k; ++i) {
             residual += rows[i]*rows[i];
         }
-        GGML_ASSERT(residual/((double) c.n_kv*c.d_k) < 8.0 && "the cache holds what is left without the centers");
+        GGML_ASSERT(residual/((double) c.n_kv*c.d_k) < 20.0 && "the cache holds what is left without the centers");
+        const float * inverse = m + 2*(int64_t) c.d_k*c.n_head_kv;
         for (int j = 0; j < c.n_kv; ++j) {
+            for (int l = 0; l < c.d_k; ++l) {
+                rows[(int64_t) j*c.d_k + l] *= inverse[l];
+            }
             tq_center_add(&center, m, ((int32_t *) t.pos->data)[j], 1.0f, rows + (int64_t) j*c.d_k);
         }
     }

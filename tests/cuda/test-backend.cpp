@@ -236,10 +236,12 @@ struct centers {
     std::vector<float> m, table;
 
     centers(int64_t head_dim, int64_t n_head, int32_t n_rot, int32_t neox, std::mt19937_64 & rng) :
-            head_dim(head_dim), n_head(n_head), n_rot(n_rot), neox(neox), m(head_dim*n_head), table(std::max(1, n_rot)*TQ_CENTER_ROWS) {
+            head_dim(head_dim), n_head(n_head), n_rot(n_rot), neox(neox), m(3*head_dim*n_head), table(std::max(1, n_rot)*TQ_CENTER_ROWS) {
         std::normal_distribution<float> normal;
-        for (float & v : m) {
-            v = 3.0f*normal(rng);
+        for (int64_t i = 0; i < head_dim*n_head; ++i) {
+            m[i]                       = 3.0f*normal(rng);
+            m[i +   head_dim*n_head]   = std::exp(0.3f*normal(rng)); // the scale, and its reciprocal
+            m[i + 2*head_dim*n_head]   = 1.0f/m[i + head_dim*n_head];
         }
         std::vector<double> freqs(n_rot/2);
         for (int i = 0; i < n_rot/2; ++i) {
@@ -253,9 +255,16 @@ struct centers {
         tq_center_add(&c, m.data() + head*head_dim, pos, sign, key);
     }
 
+    // plane 1: by the scales, plane 2: by their reciprocals
+    void multiply(int64_t head, int plane, float * key) const {
+        for (int64_t i = 0; i < head_dim; ++i) {
+            key[i] *= m[(plane*n_head + head)*head_dim + i];
+        }
+    }
+
     void attach(run & r, ggml_tensor * op, int first, ggml_tensor * pos) const {
         op->src[first]     = pos;
-        op->src[first + 1] = r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, head_dim, n_head), m);
+        op->src[first + 1] = r.input(ggml_new_tensor_3d(r.ctx.get(), GGML_TYPE_F32, head_dim, n_head, 3), m);
         op->src[first + 2] = r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, std::max(1, n_rot), TQ_CENTER_ROWS), table);
         op->src[first + 2]->op_params[0] = neox;
         op->src[first + 2]->op_params[1] = n_rot;
@@ -296,6 +305,7 @@ static void test_set_rows_centered(ggml_type type, std::mt19937_64 & rng, int32_
     for (int64_t i = 0; i < n; ++i) {
         for (int64_t h = 0; h < c.n_head; ++h) {
             c.add(h, pos[i], -1.0f, x.data() + i*n_row + h*c.head_dim);
+            c.multiply(h, 1, x.data() + i*n_row + h*c.head_dim);
         }
     }
     compare_rows("SET_ROWS centered", type, n_row, x, index, get<uint8_t>(dst));
@@ -346,6 +356,7 @@ static void test_attention(const attn_case & c, std::mt19937_64 & rng) {
     if (c.centered) {
         for (int64_t i = 0; i < c.n_kv*c.n_stream; ++i) {
             for (int64_t h = 0; h < c.n_head_kv; ++h) {
+                m.multiply(h, 2, k.data() + (i*c.n_head_kv + h)*c.d_k);
                 m.add(h, pos[i], 1.0f, k.data() + (i*c.n_head_kv + h)*c.d_k);
             }
         }

@@ -128,7 +128,7 @@ static int test_center() {
         for (int neox = 0; neox < 2; ++neox) {
             for (int pos : { 0, 1, 255, 256, 257, 65535, 65536, 65537, 1000000, 0xffffff, 0x1000001, -1 }) {
                 const tq_center     center = { 128, n_rot, neox, table.data() };
-                const tq_key_center device = { &pos, m.data(), table.data(), 128, n_rot, neox != 0 };
+                const tq_key_center device = { &pos, m.data(), table.data(), 128, n_rot, neox != 0, 1 };
                 std::vector<float> want(128, 0.0f);
                 tq_center_add(&center, m.data(), pos, 1.0f, want.data());
                 for (int i = 0; i < 128; ++i) {

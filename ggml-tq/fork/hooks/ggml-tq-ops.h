@@ -9,7 +9,8 @@
 #include <cstring>
 
 // The extra sources of an op on centered keys: three from `first` on, or none
-//   positions I32 [n] or [n_kv, n_stream], centers F32 [head_dim, n_head_kv], table F32 [n_rot, TQ_CENTER_ROWS]
+//   positions I32 [n] or [n_kv, n_stream], centers F32 [head_dim, n_head_kv, 3]: centers, scales, 1/scales;
+//   table F32 [n_rot, TQ_CENTER_ROWS]
 //   with op_params: 1 if pairs are NEOX's, n_rot (which may be 0; the table then has one column that is not read)
 #define GGML_TQ_SRC_SET_ROWS   3
 #define GGML_TQ_SRC_FLASH_ATTN 5
@@ -27,9 +28,11 @@ struct ggml_tq_center {
         }
     }
 
-    const float * of_head(int64_t head) const {
-        return (const float *) centers->data + head*centers->ne[0];
+    const float * of_head(int64_t head, int64_t plane = 0) const {
+        return (const float *) ((const char *) centers->data + head*centers->nb[1] + plane*centers->nb[2]);
     }
+    const float * scale  (int64_t head) const { return of_head(head, 1); }
+    const float * inverse(int64_t head) const { return of_head(head, 2); }
 };
 
 // SET_ROWS. Thread ith of nth.
@@ -75,7 +78,11 @@ static inline void ggml_tq_set_rows(const ggml_tensor * dst, int ith, int nth) {
                         memcpy(piece, (const float *) from + i, n_piece*sizeof(float));
                     }
                     if (center.pos) {
-                        tq_center_add(&center.center, center.of_head(i/n_piece), ((const int32_t *) center.pos->data)[ir], -1.0f, piece);
+                        const int64_t head = i/n_piece;
+                        tq_center_add(&center.center, center.of_head(head), ((const int32_t *) center.pos->data)[ir], -1.0f, piece);
+                        for (int64_t l = 0; l < n_piece; ++l) {
+                            piece[l] *= center.scale(head)[l];
+                        }
                     }
                     to[n++] = row + i/TQ_BLOCK_SIZE*tq_row_size(type, TQ_BLOCK_SIZE);
                     if ((n + 1)*n_piece > n_max) {
@@ -94,29 +101,43 @@ static inline void ggml_tq_set_rows(const ggml_tensor * dst, int ith, int nth) {
 struct ggml_tq_key_center : ggml_tq_center {
     const int32_t * positions = nullptr; // of cells
     const float   * m         = nullptr;
-    tq_center_query query;
+    const float   * inv       = nullptr;
+    tq_center_query state;
     float           w[TQ_CENTER_QUERY_SIZE(1024)];
+    float           scaled[1024];
 
     // q: the query whose scores are wanted, if any
     ggml_tq_key_center(const ggml_tensor * op, int64_t head, int64_t stream, const float * q) : ggml_tq_center(op, GGML_TQ_SRC_FLASH_ATTN) {
         if (pos) {
             positions = (const int32_t *) ((const char *) pos->data + stream*pos->nb[1]);
             m         = of_head(head);
-            GGML_ASSERT(center.n_rot <= 1024);
+            inv       = inverse(head);
+            GGML_ASSERT(center.head_dim <= 1024);
             if (q) {
-                query = tq_center_query_init(&center, m, q, w);
+                state = tq_center_query_init(&center, m, q, w);
+                for (int32_t i = 0; i < center.head_dim; ++i) {
+                    scaled[i] = q[i]*inv[i];
+                }
             }
         }
     }
 
-    // what centering took from the score of a cell
-    float score(int64_t cell) {
-        return pos ? tq_center_score(&center, &query, positions[cell]) : 0.0f;
+    // the query for stored rows
+    const float * query(const float * q) const {
+        return pos ? scaled : q;
     }
 
-    // what it took from the key in a cell
-    void add_to(float * key, int64_t cell) const {
+    // what centering took from the score of a cell
+    float score(int64_t cell) {
+        return pos ? tq_center_score(&center, &state, positions[cell]) : 0.0f;
+    }
+
+    // the key in a cell from its decoded row
+    void restore(float * key, int64_t cell) const {
         if (pos) {
+            for (int32_t i = 0; i < center.head_dim; ++i) {
+                key[i] *= inv[i];
+            }
             tq_center_add(&center, m, positions[cell], 1.0f, key);
         }
     }

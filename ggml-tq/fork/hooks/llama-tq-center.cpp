@@ -23,16 +23,18 @@
 // where centers come from
 //
 
-// Models whose graphs write keys of their own accord, past llama_tq_store, or whose one cached tensor is key and value.
+// Not: models whose graphs write keys of their own accord, past llama_tq_store; whose one cached tensor is key and value, or
+// whose RoPE turns the last coordinates of a head; whose attention has a bias, which keeps it from flash attention.
 static bool supported(const llama_model & model) {
     switch (model.arch) {
         case LLM_ARCH_DEEPSEEK4:
         case LLM_ARCH_DFLASH:
         case LLM_ARCH_MINIMAX_M3:
         case LLM_ARCH_QWEN4EXP:
+        case LLM_ARCH_T5:
             return false;
         default:
-            return !model.hparams.is_mla() && model.hparams.rope_type != LLAMA_ROPE_TYPE_VISION;
+            return !model.hparams.is_mla() && model.hparams.n_lora_kv == 0 && model.hparams.rope_type != LLAMA_ROPE_TYPE_VISION;
     }
 }
 
@@ -83,22 +85,33 @@ static bool has_key_bias(const llama_model & model) {
     return false;
 }
 
+// [head_dim*n_head_kv] of a layer, from an array of all layers
+static std::vector<float> part_of(const llama_model & model, const std::vector<float> & all, uint32_t il) {
+    int64_t first = 0;
+    for (uint32_t i = 0; i < il; ++i) {
+        first += model.hparams.n_embd_k_gqa(i);
+    }
+    return std::vector<float>(all.begin() + first, all.begin() + first + model.hparams.n_embd_k_gqa(il));
+}
+
+// scales of a layer's keys
+static std::vector<float> scale_of(const llama_model & model, uint32_t il) {
+    return kind_of(model) == LLAMA_TQ_CENTER_MEAN ? part_of(model, model.tq->scales, il)
+                                                  : std::vector<float>(model.hparams.n_embd_k_gqa(il), 1.0f);
+}
+
 // [head_dim*n_head_kv] before RoPE, empty if the layer's keys are not centered
 static std::vector<float> center_of(const llama_model & model, uint32_t il) {
-    int64_t first = 0;
     switch (kind_of(model)) {
         case LLAMA_TQ_CENTER_NONE: return {};
         case LLAMA_TQ_CENTER_BIAS: {
+            int64_t first;
             const ggml_tensor * bias = key_bias(model, il, first);
             return bias ? to_host(bias, first, model.hparams.n_embd_k_gqa(il)) : std::vector<float>();
         }
         case LLAMA_TQ_CENTER_MEAN: break;
     }
-    for (uint32_t i = 0; i < il; ++i) {
-        first += model.hparams.n_embd_k_gqa(i);
-    }
-    const auto begin = model.tq->centers.begin() + first;
-    return std::vector<float>(begin, begin + model.hparams.n_embd_k_gqa(il));
+    return part_of(model, model.tq->centers, il);
 }
 
 uint64_t llama_tq_center_hash(const llama_model & model) {
@@ -116,7 +129,7 @@ std::string llama_tq_center_describe(const llama_model & model) {
     }
     switch (kind_of(model)) {
         case LLAMA_TQ_CENTER_NONE: return "not centered (the file says so)";
-        case LLAMA_TQ_CENTER_MEAN: return "centered by the means in the file";
+        case LLAMA_TQ_CENTER_MEAN: return "centered and scaled by the calibration in the file";
         case LLAMA_TQ_CENTER_BIAS: break;
     }
     return has_key_bias(model) ? "centered by the biases of the key projections"
@@ -139,7 +152,7 @@ struct layer_rope {
 
 static layer_rope rope_of(const llama_model & model, const llama_cparams & cparams, uint32_t il) {
     const auto & hparams = model.hparams;
-    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE || !hparams.has_rope(il)) {
         return { 0, {}, 1.0f };
     }
     const int32_t n_rot = std::min(hparams.n_rot(il), hparams.n_embd_head_k(il));
@@ -163,6 +176,21 @@ static layer_rope rope_of(const llama_model & model, const llama_cparams & cpara
         rope.freqs.push_back(extrapolated*(scale*(1.0 - mix) + mix));
     }
     return rope;
+}
+
+// a K-shift turns rows as they are stored, scaled: that is right only if both coordinates of a pair have one scale
+static void check_pairs(const std::vector<float> & scale, const layer_rope & rope, int64_t head_dim, uint32_t il) {
+    const int64_t n_pairs = (int64_t) rope.freqs.size();
+    for (int64_t first = 0; first < (int64_t) scale.size(); first += head_dim) {
+        for (int64_t i = 0; i < n_pairs; ++i) {
+            const int64_t a = rope.neox ? i           : 2*i;
+            const int64_t b = rope.neox ? i + n_pairs : 2*i + 1;
+            if (scale[first + a] != scale[first + b]) {
+                throw std::runtime_error("turboquant.center.scale: in layer " + std::to_string(il) + " coordinates " +
+                    std::to_string(a) + " and " + std::to_string(b) + ", which RoPE turns together, have different scales");
+            }
+        }
+    }
 }
 
 //
@@ -214,7 +242,13 @@ llama_tq_centers::llama_tq_centers(const llama_model & model, const llama_cparam
             ggml_set_name(table, "tq_center_table");
             data[table] = std::move(rows);
         }
-        ggml_tensor * center = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, head_dim, (int64_t) m.size()/head_dim);
+        ggml_tensor * center = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, head_dim, (int64_t) m.size()/head_dim, 3);
+        const std::vector<float> scale = scale_of(model, layer.il);
+        check_pairs(scale, rope, head_dim, layer.il);
+        m.insert(m.end(), scale.begin(), scale.end());
+        for (const float s : scale) {
+            m.push_back(1.0f/s);
+        }
         ggml_format_name(center, "tq_center_l%u", layer.il);
         data[center] = std::move(m);
         pimpl->layers[layer.k] = { center, table };
@@ -331,6 +365,13 @@ static llm_graph_input_tq_center * find_input(const llm_graph_context & graph, c
     return (llm_graph_input_tq_center *) graph.res->add_input(std::move(input));
 }
 
+static void require_flash_attn(const llm_graph_context & graph) {
+    if (!graph.cparams.flash_attn) {
+        throw std::runtime_error("centered keys need flash attention (-fa on, or -fa auto on a device that has it); "
+            "supported without: another type for K, or a model of center kind 'none' (ggml-tq stamp --center none)");
+    }
+}
+
 ggml_tensor * llama_tq_store(const llm_graph_context & graph, ggml_tensor * set_rows, int il) {
     const bool swa = graph.hparams.is_swa(il);
     const llama_kv_cache_context * cache = ggml_tq_is_type(set_rows->type) ? cache_of(graph.mctx, swa) : nullptr;
@@ -338,16 +379,26 @@ ggml_tensor * llama_tq_store(const llm_graph_context & graph, ggml_tensor * set_
     if (!layer.center) {
         return set_rows;
     }
-    if (!graph.cparams.flash_attn) {
-        throw std::runtime_error("centered keys need flash attention (-fa on, or -fa auto on a device that has it); "
-            "supported without: another type for K, or a model of center kind 'none' (ggml-tq stamp --center none)");
-    }
+    require_flash_attn(graph);
     auto * input = find_input(graph, cache, swa);
     set_rows->src[GGML_TQ_SRC_SET_ROWS + 0] = input->pos;
     set_rows->src[GGML_TQ_SRC_SET_ROWS + 1] = layer.center;
     set_rows->src[GGML_TQ_SRC_SET_ROWS + 2] = layer.table;
     input->layers[set_rows->view_src] = layer;
     return set_rows;
+}
+
+void llama_tq_share(const llm_graph_context & graph, int il) {
+    const bool swa = graph.hparams.is_swa(il);
+    const llama_kv_cache_context * cache = cache_of(graph.mctx, swa);
+    if (!cache || !ggml_tq_is_type(cache->type_k())) {
+        return;
+    }
+    const llama_tq_layer layer = cache->tq_layer(graph.cparams, il);
+    if (layer.center) {
+        require_flash_attn(graph);
+        find_input(graph, cache, swa)->layers[cache->get_k(graph.ctx0, il)->view_src] = layer;
+    }
 }
 
 void llama_tq_attend(const llm_graph_context & graph, ggml_tensor * flash_attn) {

@@ -17,7 +17,7 @@ class  llama_kv_cache_context;
 
 // what the ops of one layer need; null where keys are not centered
 struct llama_tq_layer {
-    ggml_tensor * center = nullptr; // F32 [head_dim, n_head_kv]
+    ggml_tensor * center = nullptr; // F32 [head_dim, n_head_kv, 3]: centers, scales, 1/scales
     ggml_tensor * table  = nullptr; // F32 [n_rot, TQ_CENTER_ROWS]
 };
 
@@ -42,6 +42,9 @@ std::string llama_tq_center_describe(const llama_model & model);
 
 // build_attn: completes set_rows, the op that stores layer il's keys
 ggml_tensor * llama_tq_store(const llm_graph_context & graph, ggml_tensor * set_rows, int il);
+
+// build_attn of a layer that stores no keys but reads those of another context's layer (a draft model on its target's cache)
+void llama_tq_share(const llm_graph_context & graph, int il);
 
 // build_attn_mha: completes the attention op, if the keys that it reads were stored by llama_tq_store in this graph
 void llama_tq_attend(const llm_graph_context & graph, ggml_tensor * flash_attn);

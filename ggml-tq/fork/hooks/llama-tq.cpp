@@ -46,7 +46,7 @@ static const T * get(const gguf_context * gguf, const std::string & key, gguf_ty
 
 static void check_keys(const gguf_context * gguf) {
     std::vector<std::string> known = { "version", "rotation.kind", "rotation.seed", "sketch.seed", "hash",
-        "center.kind", "center.key", "center.hash" };
+        "center.kind", "center.key", "center.scale", "center.hash" };
     for (int t = 0; t < TQ_QUANTIZER_COUNT; ++t) {
         const tq_type_info * info = tq_get_type_info((tq_type) t);
         known.push_back(std::string(info->name) + ".codebook");
@@ -89,6 +89,27 @@ static void refuse(const std::string & key, const std::string & problem) {
     throw std::runtime_error(key + ": " + problem);
 }
 
+// want numbers that are all valid; their bytes go into the hash
+static std::vector<float> load_numbers(const gguf_context * gguf, const std::string & key, size_t want, const char * invalid,
+        uint64_t & hash, bool (*valid)(float)) {
+    size_t n = 0;
+    const float * values = get<float>(gguf, key, GGUF_TYPE_FLOAT32, &n);
+    if (n != want) {
+        refuse(key, std::to_string(n) + " numbers, want " + std::to_string(want));
+    }
+    for (size_t i = 0; i < n; ++i) {
+        if (!valid(values[i])) {
+            refuse(key, "number " + std::to_string(i) + " is " + invalid);
+        }
+        uint32_t word;
+        memcpy(&word, &values[i], sizeof(word));
+        for (int b = 0; b < 4; ++b) {
+            hash = (hash ^ ((word >> 8*b) & 0xff))*0x100000001b3ull;
+        }
+    }
+    return std::vector<float>(values, values + n);
+}
+
 static void load_centers(const gguf_context * gguf, const llama_hparams & hparams, llama_tq_model & tq) {
     const std::string kind = get_string(gguf, PREFIX + "center.kind");
     const std::string key  = PREFIX + "center.key";
@@ -98,7 +119,7 @@ static void load_centers(const gguf_context * gguf, const llama_hparams & hparam
             refuse(PREFIX + "center.kind", "unknown kind '" + kind + "', want 'none', 'bias' or 'mean'");
         }
         tq.center_kind = kind == "none" ? LLAMA_TQ_CENTER_NONE : LLAMA_TQ_CENTER_BIAS;
-        for (const std::string & other : { key, PREFIX + "center.hash" }) {
+        for (const std::string & other : { key, PREFIX + "center.scale", PREFIX + "center.hash" }) {
             if (gguf_find_key(gguf, other.c_str()) >= 0) {
                 refuse(other, "not allowed, since " + PREFIX + "center.kind is '" + kind + "'");
             }
@@ -106,30 +127,20 @@ static void load_centers(const gguf_context * gguf, const llama_hparams & hparam
         return;
     }
     tq.center_kind = LLAMA_TQ_CENTER_MEAN;
-    size_t n    = 0;
     size_t want = 0;
-    const float * values = get<float>(gguf, key, GGUF_TYPE_FLOAT32, &n);
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
         want += hparams.n_embd_k_gqa(il);
     }
-    if (n != want) {
-        refuse(key, std::to_string(n) + " numbers, want " + std::to_string(want));
-    }
     uint64_t hash = 0xcbf29ce484222325ull;
-    for (size_t i = 0; i < n; ++i) {
-        if (!(std::fabs(values[i]) < 1e6f)) {
-            refuse(key, "number " + std::to_string(i) + " is not finite, or not below 1e6");
-        }
-        uint32_t word;
-        memcpy(&word, &values[i], sizeof(word));
-        for (int b = 0; b < 4; ++b) {
-            hash = (hash ^ ((word >> 8*b) & 0xff))*0x100000001b3ull;
-        }
-    }
+    tq.centers = load_numbers(gguf, key, want, "not finite, or not below 1e6", hash, [](float m) {
+        return std::fabs(m) < 1e6f;
+    });
+    tq.scales = load_numbers(gguf, PREFIX + "center.scale", want, "not from 1/1024 to 1024", hash, [](float s) {
+        return s >= 1.0f/1024.0f && s <= 1024.0f;
+    });
     if (*get<uint64_t>(gguf, PREFIX + "center.hash", GGUF_TYPE_UINT64) != hash) {
         refuse(PREFIX + "center.hash", "not that of the centers, which were changed or damaged");
     }
-    tq.centers.assign(values, values + n);
     tq.center_hash = hash;
 }
 
@@ -179,7 +190,9 @@ std::shared_ptr<const llama_tq_model> llama_tq_load(const llama_model_loader & m
     if (*get<uint64_t>(gguf, PREFIX + "hash", GGUF_TYPE_UINT64) != params->hash) {
         refuse(PREFIX + "hash", "not that of the parameters, which were changed or damaged");
     }
-    load_centers(gguf, hparams, *model);
+    if (!hparams.vocab_only) { // without it the layers are not known
+        load_centers(gguf, hparams, *model);
+    }
     return model;
 }
 
@@ -267,26 +280,56 @@ bool llama_tq_check(const llama_model & model, llama_context_params & params) {
     return true;
 }
 
-void llama_tq_require_device(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v) {
-    // ask the device itself whether it can write rows of the type
-    for (const ggml_type type : { type_k, type_v }) {
-        if (!ggml_tq_is_type(type)) {
-            continue;
-        }
-        ggml_init_params params = { 4*ggml_tensor_overhead(), nullptr, true };
-        ggml_context_ptr ctx { ggml_init(params) };
-        ggml_tensor * op = ggml_set_rows(ctx.get(),
-            ggml_new_tensor_2d(ctx.get(), type,          TQ_BLOCK_SIZE, 1),
-            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, TQ_BLOCK_SIZE, 1),
-            ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 1));
+// whether a device can do what a layer's cache needs; it is asked itself, with ops of the layer's shape
+static bool can_store(ggml_backend_dev_t dev, ggml_context * ctx, ggml_type type) {
+    return ggml_backend_dev_supports_op(dev, ggml_set_rows(ctx,
+        ggml_new_tensor_2d(ctx, type,          TQ_BLOCK_SIZE, 1),
+        ggml_new_tensor_2d(ctx, GGML_TYPE_F32, TQ_BLOCK_SIZE, 1),
+        ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1)));
+}
+
+static bool can_attend(ggml_backend_dev_t dev, ggml_context * ctx, const llama_hparams & hparams, uint32_t il, bool flash_attn,
+        ggml_type type_k, ggml_type type_v) {
+    const int64_t n_kv = 256;
+    for (const int64_t n_tokens : { 1, 64 }) {
+        ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, hparams.n_embd_head_k(il), n_tokens, hparams.n_head(il));
+        ggml_tensor * k    = ggml_new_tensor_3d(ctx, type_k,        hparams.n_embd_head_k(il), n_kv,     hparams.n_head_kv(il));
+        ggml_tensor * v    = ggml_new_tensor_3d(ctx, type_v,        hparams.n_embd_head_v(il), n_kv,     hparams.n_head_kv(il));
+        ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n_tokens);
+        ggml_tensor * op   = flash_attn ? ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, hparams.f_max_alibi_bias,
+            hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f) : ggml_mul_mat(ctx, k, q);
         if (!ggml_backend_dev_supports_op(dev, op)) {
-            throw std::runtime_error(std::string("cache type ") + ggml_type_name(type) + " is not supported on device " +
-                ggml_backend_dev_name(dev) + "; supported: the CPU (--no-kv-offload, or -ngl 0)");
+            return false;
         }
-        if (ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU && ggml_tq_params()->hash != tq_params_default()->hash) {
-            throw std::runtime_error(std::string("device ") + ggml_backend_dev_name(dev) + " cannot use a model's own TurboQuant "
-                "parameters; supported: the CPU (--no-kv-offload, or -ngl 0), or a model without (ggml-tq strip)");
+    }
+    return true;
+}
+
+void llama_tq_require_device(ggml_backend_dev_t dev, const llama_hparams & hparams, uint32_t il, bool flash_attn, ggml_type type_k, ggml_type type_v) {
+    if (!ggml_tq_is_type(type_k) && !ggml_tq_is_type(type_v)) {
+        return;
+    }
+    ggml_context_ptr ctx { ggml_init({ 32*ggml_tensor_overhead(), nullptr, true }) };
+    const auto refuse = [&](const std::string & what) {
+        throw std::runtime_error(what + " not supported on device " + ggml_backend_dev_name(dev) +
+            "; supported: the CPU (--no-kv-offload, or -ngl 0)");
+    };
+    for (const ggml_type type : { type_k, type_v }) {
+        if (ggml_tq_is_type(type) && !can_store(dev, ctx.get(), type)) {
+            refuse(std::string("cache type ") + ggml_type_name(type) + " is");
         }
+    }
+    // in MLA models values are a part of keys: their one tensor is of a type that the device stores, or not
+    if (!hparams.is_mla() && !can_attend(dev, ctx.get(), hparams, il, flash_attn, type_k, type_v)) {
+        refuse(std::string("attention ") + (flash_attn ? "" : "without flash attention ") + "over K " + ggml_type_name(type_k) +
+            " and V " + ggml_type_name(type_v) + " with head dims " + std::to_string(hparams.n_embd_head_k(il)) + " and " +
+            std::to_string(hparams.n_embd_head_v(il)) + " is");
+    }
+    // a device in another process has the built-in parameters
+    const bool own_process = std::string(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev))) != "RPC";
+    if (!own_process && ggml_tq_params()->hash != tq_params_default()->hash) {
+        throw std::runtime_error(std::string("device ") + ggml_backend_dev_name(dev) + " cannot use a model's own TurboQuant "
+            "parameters; supported: the CPU (--no-kv-offload, or -ngl 0), or a model without (ggml-tq strip)");
     }
 }
 

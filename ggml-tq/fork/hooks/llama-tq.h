@@ -21,9 +21,10 @@ enum llama_tq_center_kind { LLAMA_TQ_CENTER_NONE, LLAMA_TQ_CENTER_BIAS, LLAMA_TQ
 // what a file's turboquant.* metadata says (docs/format.md section 8)
 struct llama_tq_model {
     tq_params            params;
-    llama_tq_center_kind center_kind;
+    llama_tq_center_kind center_kind = LLAMA_TQ_CENTER_NONE;
     std::vector<float>   centers; // for LLAMA_TQ_CENTER_MEAN: of all layers' key heads, before RoPE
-    uint64_t             center_hash;
+    std::vector<float>   scales;  // of their coordinates
+    uint64_t             center_hash = 0;
 };
 
 // model load: that metadata, nullptr if the file has none; throws, naming the key, if it is not valid, and if a weight is
@@ -39,9 +40,10 @@ std::shared_ptr<const void> llama_tq_acquire(const llama_model & model, const ll
 // the effective types and their bits a value
 bool llama_tq_check(const llama_model & model, llama_context_params & params);
 
-// llama_kv_cache: throws if the device that holds a layer's cache cannot store the types, or works in another process with
-// parameters of its own; there is no silent fallback
-void llama_tq_require_device(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v);
+// llama_kv_cache: throws if the device that holds layer il's cache cannot store the types or attend to them, or works in
+// another process while the model brings parameters of its own; there is no silent fallback
+void llama_tq_require_device(ggml_backend_dev_t dev, const llama_hparams & hparams, uint32_t il, bool flash_attn,
+    ggml_type type_k, ggml_type type_v);
 
 // K-shift. Only cells whose position changes are decoded, roped and encoded again, whole heads at a time: encoding is
 // lossy, and neither sinks nor other sequences may pay for a shift that does not move them.

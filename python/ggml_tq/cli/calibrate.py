@@ -25,7 +25,7 @@ from ggml_tq.params import DEFAULT, ParamsError
 def _check_target(header: Header, output: Path | None) -> None:
     """Refuses before the model runs what would be refused after."""
     if output is None:
-        size = 4 * sum(shape.size for shape in key_shapes(header.entries))
+        size = 8 * sum(shape.size for shape in key_shapes(header.entries))
         if header.data_start - packed_size(header, without(header.entries, metadata.PREFIX)) < size:
             raise GgufError(f"{header.path}: has no room for {size} bytes in its header: write to another file instead")
     elif output.exists():
@@ -35,11 +35,13 @@ def _check_target(header: Header, output: Path | None) -> None:
 
 
 def _rows(sums: dict[int, KeySums], biases: dict[int, Doubles]) -> list[dict[str, Any]]:
-    """By layer: the shares of the keys' energy in their mean and in the bias, and how far these are from each other."""
+    """By layer: the shares of the keys' energy in their mean and in the bias, how far these are from each other, and
+    the part of the error's power that scales leave.
+    """
     rows = []
     for index, of_layer in sums.items():
         mean, bias = of_layer.mean, biases.get(index)
-        row: dict[str, Any] = {"layer": index, "mean": of_layer.share(mean)}
+        row: dict[str, Any] = {"layer": index, "mean": of_layer.share(mean), "scaled": of_layer.gain}
         if bias is not None:
             row["bias"] = of_layer.share(bias)
             row["distance"] = float(np.linalg.norm(mean - bias) / np.linalg.norm(mean))
@@ -49,8 +51,11 @@ def _rows(sums: dict[int, KeySums], biases: dict[int, Doubles]) -> list[dict[str
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     """With a line of medians and one of maxima."""
-    table = Table(caption="shares of the energy of keys; distance: |mean - bias| / |mean|")
-    columns = [name for name in ("mean", "bias", "distance") if any(name in row for row in rows)]
+    table = Table(
+        caption="mean, bias: share of the keys' energy; distance: |mean - bias| / |mean|; "
+        "scaled: power of the scores' error, of that without scales"
+    )
+    columns = [name for name in ("mean", "bias", "distance", "scaled") if any(name in row for row in rows)]
     for name in ("layer", *columns):
         table.add_column(name, justify="right")
 
@@ -82,10 +87,11 @@ def calibrate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Write the mean of a model's keys before RoPE into its metadata, so that the cache holds what is left of them.
+    """Write the mean of a model's keys before RoPE, and scales for the rest, into its metadata, for the cache to use.
 
     The mean is taken over the tokens from the 17th of each chunk on; the first ones have keys of their own kind. The
     runtime takes it, turned to each key's position, off the key before encoding and adds it to the score exactly.
+    What is left is scaled coordinate by coordinate, so that its rounding errs where the model's queries hardly look.
     Seeds and codebooks that the file brings stay; a file without gets the built-in ones. While the model runs, one
     chunk's queries, keys and values lie beside the file to write.
     """
