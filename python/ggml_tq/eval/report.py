@@ -155,8 +155,8 @@ def compact(records: Iterable[Record]) -> str:
 
 
 def short_name(file: str) -> str:
-    """A model's name without its quantization and ending."""
-    return re.sub(r"[-.]q\d[\w]*$", "", file.removesuffix(".gguf"), flags=re.I)
+    """A model's name without its quantization and endings."""
+    return re.sub(r"[-.]q\d[\w]*$", "", file.removesuffix(".gguf").removesuffix("-tq"), flags=re.I)
 
 
 def _series(r: Record) -> int:
