@@ -15,7 +15,7 @@ from gguf import GGUFValueType as T
 from ggml_tq.center import Centers
 from ggml_tq.gguf_file import Entry, encode_entry
 from ggml_tq.metadata import PREFIX, to_entries
-from ggml_tq.params import DEFAULT, Params, Quantizer
+from ggml_tq.params import DEFAULT, Params, Quantizer, fnv1a
 
 HPARAMS = [
     encode_entry("general.architecture", T.STRING, "llama"),
@@ -57,11 +57,18 @@ def good(name: str, centroids: list[float], kappa: float = 0.0) -> Vector:
     return Vector(None, params=Params(quantizers={**DEFAULT.quantizers, name: q}))
 
 
-def mean(values: np.ndarray, refused: str | None = None, key: str = "", *entry: Any) -> Vector:  # noqa: ANN401
-    """Centers with their hash; ``key`` is replaced by an entry of (type, value, item type), or removed."""
+def mean(
+    values: np.ndarray,
+    refused: str | None = None,
+    key: str = "",
+    *entry: Any,  # noqa: ANN401
+    scales: np.ndarray | None = None,
+) -> Vector:
+    """Centers and scales with their hash; ``key`` is replaced by an entry of (type, value, item type), or removed."""
     name = PREFIX + key
     edits = {name: encode_entry(name, *entry) if entry else None} if key else {}
-    return Vector(refused, edits, centers=Centers("mean", values.astype(np.float32)))
+    s = SCALES if scales is None else scales
+    return Vector(refused, edits, centers=Centers("mean", values.astype(np.float32), s.astype(np.float32)))
 
 
 def with_center(value: float) -> Vector:
@@ -70,8 +77,16 @@ def with_center(value: float) -> Vector:
     return mean(m, None if abs(value) < 1e6 else "center.key")
 
 
+def with_scale(value: float, refused: str | None = "center.scale") -> Vector:
+    """Of the last pair of a head."""
+    s = SCALES.copy()
+    s[126:128] = value
+    return mean(CENTERS, refused, scales=s)
+
+
 LEVELS = HALVES[8]
 CENTERS = np.random.default_rng(8).standard_normal(N_CENTERS).astype(np.float32) * np.float32(3)
+SCALES = np.repeat(np.random.default_rng(9).lognormal(0, 0.7, N_CENTERS // 2), 2).astype(np.float32)  # adjacent pairs
 VECTORS: dict[str, Vector] = {
     # valid
     "built-in": Vector(None),
@@ -138,12 +153,37 @@ VECTORS: dict[str, Vector] = {
     "too great a center": with_center(-1e6),
     "centers in binary64": mean(CENTERS, "center.key", "center.key", T.ARRAY, CENTERS.tolist(), T.FLOAT64),
     "centers as one number": mean(CENTERS, "center.key", "center.key", T.FLOAT32, 0.0),
-    "another hash of centers": mean(CENTERS, "center.hash", "center.hash", T.UINT64, Centers("mean", CENTERS).hash ^ 1),
+    "another hash of centers": mean(
+        CENTERS, "center.hash", "center.hash", T.UINT64, Centers("mean", CENTERS, SCALES).hash ^ 1
+    ),
     "signed hash of centers": mean(CENTERS, "center.hash", "center.hash", T.INT64, 1),
     "an edited center": mean(CENTERS, "center.hash", "center.key", T.ARRAY, (CENTERS + 1).tolist(), T.FLOAT32),
     "centers of kind none": mean(CENTERS, "center.key", "center.kind", T.STRING, "none"),
     "centers of kind bias": mean(CENTERS, "center.key", "center.kind", T.STRING, "bias"),
     "a hash of centers without them": bad("center.hash", T.UINT64, 0),
+    # scales
+    "all scales 1": mean(CENTERS, scales=np.ones(N_CENTERS)),
+    "least scale": with_scale(1 / 1024, None),
+    "greatest scale": with_scale(1024, None),
+    "means without scales": mean(CENTERS, "center.scale", "center.scale"),
+    "one scale too few": mean(CENTERS, "center.scale", scales=SCALES[:-1]),
+    "one scale too many": mean(CENTERS, "center.scale", scales=np.append(SCALES, 1)),
+    "no scales at all": mean(CENTERS, "center.scale", scales=SCALES[:0]),
+    "NaN scale": with_scale(float("nan")),
+    "infinite scale": with_scale(float("inf")),
+    "a scale of zero": with_scale(0),
+    "negative scale": with_scale(-1),
+    "a scale of 1025": with_scale(1025),
+    "just beyond the greatest scale": with_scale(float(np.nextafter(np.float32(1024), np.float32(1025)))),
+    "just below the least scale": with_scale(float(np.nextafter(np.float32(1 / 1024), np.float32(0)))),
+    "scales in binary64": mean(CENTERS, "center.scale", "center.scale", T.ARRAY, SCALES.tolist(), T.FLOAT64),
+    "scales as one number": mean(CENTERS, "center.scale", "center.scale", T.FLOAT32, 1.0),
+    "edited scales": mean(CENTERS, "center.hash", "center.scale", T.ARRAY, (2 * SCALES).tolist(), T.FLOAT32),
+    "the hash of centers alone": mean(CENTERS, "center.hash", "center.hash", T.UINT64, fnv1a(CENTERS.tobytes())),
+    "scales of kind none": bad("center.scale", T.ARRAY, SCALES.tolist(), T.FLOAT32),
+    "scales of kind bias": Vector(
+        "center.scale", bad("center.scale", T.ARRAY, SCALES.tolist(), T.FLOAT32).edits, centers=Centers("bias")
+    ),
     "centers of values": bad("center.value", T.ARRAY, CENTERS.tolist(), T.FLOAT32),
     # the rest
     "unknown key": bad("tq5_mse.codebook", T.ARRAY, LEVELS, T.FLOAT32),

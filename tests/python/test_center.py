@@ -88,5 +88,7 @@ def test_the_library_adds_the_same_bits(n_rot: int, dim: int, neox: bool) -> Non
 def test_hash() -> None:
     assert fnv1a(b"") == 0xCBF29CE484222325
     assert fnv1a(b"foobar") == 0x85944171F73967E8  # as published with the function
-    assert Centers("mean", np.array([1.5], np.float32)).hash == fnv1a(b"\0\0\xc0\x3f")
+    m, s = np.array([1.5], np.float32), np.array([0.5], np.float32)
+    assert Centers("mean", m, s).hash == fnv1a(b"\0\0\xc0\x3f" + b"\0\0\0\x3f")
+    assert Centers("mean", m).hash == fnv1a(b"\0\0\xc0\x3f" + b"\0\0\x80\x3f")  # scales of 1
     assert (Centers("none").hash, Centers("bias").hash) == (0, int.from_bytes(b"bias", "big"))

@@ -14,7 +14,7 @@ from typing import cast
 
 import numpy as np
 import pytest
-from conftest import THREADS, Divergence, Fork, Server, free_port, listening, wait_until
+from conftest import THREADS, Divergence, Fork, Json, Server, free_port, listening, wait_until
 from numpy.typing import NDArray
 from random_models import N_VOCAB, Biased, DeepSeek2, Gemma3, Llama, Model
 from typer.testing import CliRunner
@@ -24,12 +24,13 @@ from ggml_tq.cache_types import TYPES
 from ggml_tq.capture import ROPE_NEOX, Rope
 from ggml_tq.center import Centers, Turn, make_table
 from ggml_tq.cli import app
-from ggml_tq.gguf_file import read_header
+from ggml_tq.gguf_file import Header, read_header
 from ggml_tq.hparams import key_shapes
 from ggml_tq.params import DEFAULT
-from ggml_tq.state import read_state
+from ggml_tq.state import Stream, read_state
 
 RandomModel = Callable[[Model], Path]
+Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Tokens = list[int]
 
@@ -45,6 +46,11 @@ BIASED = {
     "yarn": Biased(yarn=4.0),
 }
 BOUND = {"tq4_tcq": 0.025, "tq3_tcq": 0.08, "tq4_mse": 0.04, "tq4_qjl": 0.06}  # about twice what is found
+SIGMA = 0.7
+# for BOUND where scales have nothing to do with what queries look at: the error is exp(4 SIGMA^2) = 7.1 times as great;
+# of rows that are scaled and queries that are not, the divergence is 0.65 to 0.96
+COST = 3
+NEOX = ("qwen2", "stablelm", "gemma3")
 
 
 def stamped(model: Path, output: Path, centers: Centers) -> Path:
@@ -52,23 +58,58 @@ def stamped(model: Path, output: Path, centers: Centers) -> Path:
     return output
 
 
-def arbitrary(model: Path, scale: float = 1.0, seed: int = 5) -> Centers:
-    """Means that are those of no keys; ``scale`` is their root mean square."""
-    n = sum(shape.size for shape in key_shapes(read_header(model).entries))
-    return Centers("mean", (scale * np.random.default_rng(seed).standard_normal(n)).astype(np.float32))
+def pairs(header: Header) -> tuple[slice, slice]:
+    """The two coordinates of all pairs that RoPE turns in a head of a random model."""
+    arch = header.get("general.architecture")
+    n = header.get(f"{arch}.rope.dimension_count")
+    return (slice(n // 2), slice(n // 2, n)) if arch in NEOX else (slice(0, n, 2), slice(1, n, 2))
+
+
+def scales(model: Path, seed: int = 7) -> Floats:
+    """Log-normal scales, those of a pair alike."""
+    header, rng = read_header(model), np.random.default_rng(seed)
+    a, b = pairs(header)
+    parts = []
+    for shape in key_shapes(header.entries):
+        s = rng.lognormal(0, SIGMA, (shape.heads, shape.dim)).astype(np.float32)
+        s[:, b] = s[:, a]
+        parts.append(s.ravel())
+    return np.concatenate(parts)
+
+
+def arbitrary(model: Path, rms: float = 1.0, seed: int = 5) -> Centers:
+    """Means that are those of no keys, and scales."""
+    s = scales(model)
+    return Centers("mean", (rms * np.random.default_rng(seed).standard_normal(len(s))).astype(np.float32), s)
+
+
+def scaled(random_model: RandomModel, m: Biased, output: Path) -> Path:
+    """The model with its biases as means, and scales."""
+    model = random_model(m)
+    return stamped(model, output, Centers("mean", m.key_bias().ravel(), scales(model)))
 
 
 def tokens(n: int, seed: int = 0) -> Tokens:
     return [int(t) for t in np.random.default_rng(seed).integers(300, N_VOCAB, n)]
 
 
+# the next token is 300, which is text of its own: what the server holds back has no probabilities
+PROBABILITIES = {"n_probs": N_VOCAB, "logit_bias": [[300, 1000.0]]}
+
+
+def distributions(answer: Json) -> list[Doubles]:
+    """Logarithms of each next token's probabilities (N_VOCAB,), before any sampler."""
+    found = []
+    for step in answer["completion_probabilities"]:
+        p = np.full(N_VOCAB, -np.inf)
+        for entry in step["top_logprobs"]:
+            p[entry["id"]] = entry["logprob"]
+        found.append(p)
+    return found
+
+
 def distribution(server: Server, prompt: Tokens, slot: int = 0, **options: object) -> Doubles:
-    """Logarithms of the next token's probabilities (N_VOCAB,), before any sampler."""
-    bias = [[300, 1000.0]]  # a token that is text of its own: what the server holds back has no probabilities
-    answer = server.complete(prompt, 1, slot, n_probs=N_VOCAB, logit_bias=bias, **options)
-    p = np.full(N_VOCAB, -np.inf)
-    for entry in answer["completion_probabilities"][0]["top_logprobs"]:
-        p[entry["id"]] = entry["logprob"]
+    (p,) = distributions(server.complete(prompt, 1, slot, **PROBABILITIES, **options))
     return p
 
 
@@ -99,26 +140,39 @@ def test_rows_are_those_of_the_reference(fork: Fork, random_model: RandomModel, 
     model = BIASED[name]
     freqs, magnitude = frequencies(model)
     prompt = "Once upon a time there was a " * 43
-    streams = []
-    for k in ("f32", "tq4_mse"):
+    file = random_model(model)
+    mean = arbitrary(file, 20)
+
+    def stored(file: Path, k: str) -> Stream:
         saved = tmp_path / f"{k}.bin"
-        fork.complete(random_model(model), "--prompt-cache", saved, prompt=prompt, n=1, ctx=1024, cache=(k, "f16"))
+        saved.unlink(missing_ok=True)
+        fork.complete(file, "--prompt-cache", saved, prompt=prompt, n=1, ctx=1024, cache=(k, "f16"))
         (stream,) = read_state(saved).streams
-        streams.append(stream)
-    exact, packed = streams
+        return stream
+
+    exact = stored(file, "f32")
     assert exact.positions[-1] > 256
-    np.testing.assert_array_equal(packed.positions, np.arange(len(packed.positions)))
-    keys = exact.k[0].data.view(np.float32).reshape(-1, model.n_head_kv, model.head_dim)
-    center = model.key_bias()[0].copy()
-    center[..., : model.n_rot] *= np.float32(magnitude)
-    turn = Turn(make_table(freqs), neox=model.arch in ("qwen2", "stablelm"))
-    want = codec.encode((keys - turn.apply(center, exact.positions)).reshape(len(keys), -1), TYPES["tq4_mse"])
-    same = np.all(packed.k[0].data == want, axis=1)
-    assert packed.k[0].hash_bits == (DEFAULT.hash ^ Centers("bias").hash) & 0xFFFFF
-    # upstream's frequency base and scale are binary32, so that a bit of the table may differ
-    assert same.mean() > 0.98, same
-    if not model.yarn:
-        assert same.all()
+    shape = len(exact.positions), model.n_head_kv, model.head_dim
+    keys = exact.k[0].data.view(np.float32).reshape(shape)
+    turn = Turn(make_table(freqs), neox=model.arch in NEOX)
+    assert mean.key is not None
+    assert mean.scale is not None
+    of_layer = [np.split(v.copy(), model.n_layer)[0].reshape(shape[1:]) for v in (mean.key, mean.scale)]
+    for k, source, hash_, (center, scale) in (
+        ("tq4_mse", file, Centers("bias").hash, (model.key_bias()[0].copy(), np.float32(1))),
+        ("tq3_tcq", stamped(file, tmp_path / "mean.gguf", mean), mean.hash, of_layer),
+    ):
+        center[..., : model.n_rot] *= np.float32(magnitude)
+        packed = stored(source, k)
+        np.testing.assert_array_equal(packed.positions, np.arange(shape[0]))
+        x = (keys - turn.apply(center, exact.positions)) * scale
+        assert x.dtype == np.float32
+        same = np.all(packed.k[0].data == codec.encode(x.reshape(shape[0], -1), TYPES[k]), axis=1)
+        assert packed.k[0].hash_bits == (DEFAULT.hash ^ hash_) & 0xFFFFF
+        # upstream's frequency base and scale are binary32, so that a bit of the table may differ
+        assert same.mean() > 0.98, same
+        if not model.yarn:
+            assert same.all()
 
 
 # ---- what attention makes of it
@@ -137,21 +191,25 @@ def test_biases_cost_no_bits(random_model: RandomModel, divergence: Divergence, 
 
 @pytest.mark.parametrize("k", ["tq3_tcq", "tq4_qjl"])
 @pytest.mark.parametrize("name", ["128", "a part of a head turns", "adjacent pairs, factors"])
-def test_paths_agree(random_model: RandomModel, divergence: Divergence, name: str, k: str) -> None:
+def test_paths_agree(random_model: RandomModel, divergence: Divergence, tmp_path: Path, name: str, k: str) -> None:
     """Tiles of 64 tokens, rows, and both; each graph of one token is reused 511 times."""
-    model = random_model(BIASED[name])
+    model = scaled(random_model, BIASED[name], tmp_path / "scaled.gguf")
+    divergence.bases[model, 512, 1] = divergence.base(random_model(BIASED[name]), 512, 1)
     tiles = divergence.measure(model, (k, "f16"), ctx=512)
-    assert 0 < tiles < BOUND[k]
+    assert 0 < tiles < COST * BOUND[k]
     for ubatch in (1, 48, 65, 100):
         assert divergence.measure(model, (k, "f16"), "-ub", ubatch, ctx=512) == pytest.approx(tiles, rel=0.06), ubatch
 
 
 @pytest.mark.parametrize("options", [("-b", 256), ("-b", 1024, "--kv-unified"), ("-b", 1024, "--no-kv-unified")])
-def test_several_sequences(random_model: RandomModel, divergence: Divergence, options: tuple[object, ...]) -> None:
+def test_several_sequences(
+    random_model: RandomModel, divergence: Divergence, tmp_path: Path, options: tuple[object, ...]
+) -> None:
     """Cells of one cache, or caches of their own; a cell's index is no position."""
-    model = random_model(BIASED["64"])
+    model = scaled(random_model, BIASED["64"], tmp_path / "scaled.gguf")
+    divergence.bases[model, 256, 4] = divergence.base(random_model(BIASED["64"]), 256, 4)
     found = divergence.measure(model, ("tq4_tcq", "f16"), *options, chunks=4)
-    assert 0 < found < BOUND["tq4_tcq"]
+    assert 0 < found < COST * BOUND["tq4_tcq"]
     assert found == pytest.approx(divergence.measure(model, ("tq4_tcq", "f16"), chunks=4), rel=0.06)
 
 
@@ -182,7 +240,6 @@ ARBITRARY: dict[str, Model] = {
     "512": Llama(512, n_layer=1),
     "windows": Gemma3(),
     "windows, a part of a head turns": Gemma3(rope_dim=128),
-    "two head dims": DeepSeek2(mla=False),
 }
 
 
@@ -190,13 +247,13 @@ ARBITRARY: dict[str, Model] = {
 def test_any_means_give_right_scores(
     random_model: RandomModel, divergence: Divergence, tmp_path: Path, name: str
 ) -> None:
-    """They cost bits. Not added back they would be noise: the divergence is then above 1."""
+    """They and their scales cost bits. Not undone they would be noise: the divergence is then 0.65 and more."""
     model = random_model(ARBITRARY[name])
-    scale = 0.5 if isinstance(ARBITRARY[name], Gemma3) else 1.0  # its keys are normalized
-    file = stamped(model, tmp_path / "mean.gguf", arbitrary(model, scale))
+    rms = 0.5 if isinstance(ARBITRARY[name], Gemma3) else 1.0  # its keys are normalized
+    file = stamped(model, tmp_path / "mean.gguf", arbitrary(model, rms))
     divergence.bases[file, 256, 1] = divergence.base(model, 256, 1)
     without, tiles = (divergence.measure(f, ("tq4_tcq", "f16")) for f in (model, file))
-    assert 0 < without < tiles < 4 * without
+    assert 0 < without < tiles < 4 * COST * without
     assert divergence.measure(file, ("tq4_tcq", "f16"), "-ub", 1) == pytest.approx(tiles, rel=0.1)
 
 
@@ -211,14 +268,19 @@ def test_windows_reuse_cells(
     without, found = (
         divergence.measure(f, ("tq4_tcq", "f16"), "-b", 64, "-ub", 64, *options, ctx=512) for f in (model, file)
     )
-    assert without < found < 4 * without
+    assert without < found < 4 * COST * without
 
 
-@pytest.mark.xfail(reason="rope_of() in llama-tq-center.cpp does not ask has_rope()", strict=True)
-def test_no_rope_at_all(random_model: RandomModel, divergence: Divergence) -> None:
-    """A layer that does not turn its keys has centers that do not turn."""
-    found = divergence.measure(random_model(Biased("granite", rope_dim=0)), ("tq4_tcq", "f16"))
-    assert 0 < found < BOUND["tq4_tcq"]
+def test_no_rope_at_all(random_model: RandomModel, divergence: Divergence, tmp_path: Path) -> None:
+    """A layer that does not turn its keys has centers that do not turn, and no pairs: every coordinate has a scale."""
+    m = Biased("granite", rope_dim=0)
+    model = random_model(m)
+    assert 0 < divergence.measure(model, ("tq4_tcq", "f16")) < BOUND["tq4_tcq"]
+    means = m.key_bias().ravel()
+    s = np.random.default_rng(7).lognormal(0, SIGMA, len(means)).astype(np.float32)
+    file = stamped(model, tmp_path / "mean.gguf", Centers("mean", means, s))
+    divergence.bases[file, 256, 1] = divergence.base(model, 256, 1)
+    assert 0 < divergence.measure(file, ("tq4_tcq", "f16")) < COST * BOUND["tq4_tcq"]
 
 
 def test_far_positions(fork: Fork, random_model: RandomModel, tmp_path: Path) -> None:
@@ -238,15 +300,17 @@ def test_far_positions(fork: Fork, random_model: RandomModel, tmp_path: Path) ->
             assert server.slot(0, "save", f"{name}.bin")[0] == 200
         state = read_state(tmp_path / f"{name}.bin")
         keys[name] = state.streams[-1]
-    assert divergence_of(found["f16"], found["tq4_tcq"]) < 0.1
+    assert 0 < divergence_of(found["f16"], found["tq4_tcq"]) < 0.25
     packed, exact = keys["tq4_tcq"], keys["f32"]
     known = {int(p): i for i, p in enumerate(exact.positions)}
     both = [(i, known[int(p)]) for i, p in enumerate(packed.positions) if int(p) in known and p > 65536]
     assert len(both) > 32
     rows, columns = map(list, zip(*both, strict=True))
     assert centers.key is not None
+    assert centers.scale is not None
     turn = Turn(make_table(frequencies(Biased())[0]), neox=True)
     x = exact.k[0].data.view(np.float32)[columns] - turn.apply(centers.key, packed.positions[rows])
+    x *= centers.scale
     same = np.all(packed.k[0].data[rows] == codec.encode(x, TYPES["tq4_tcq"]), axis=1)
     assert same.mean() > 0.9
 
@@ -281,29 +345,31 @@ def test_shift(fork: Fork, random_model: RandomModel, tmp_path: Path, m: Biased)
     model = random_model(m)
     want, again = shifted(fork, tmp_path / "f16.log", model, "f16")
     assert divergence_of(want, again) < 1e-4
-    fresh, moved = shifted(fork, tmp_path / "tq.log", model, "tq4_tcq")
-    assert 0 < divergence_of(want, fresh) < 0.01
-    assert divergence_of(want, moved) < 4 * divergence_of(want, fresh)
+    for name, file, worst in (("bias", model, 0.01), ("mean", scaled(random_model, m, tmp_path / "mean.gguf"), 0.05)):
+        fresh, moved = shifted(fork, tmp_path / f"{name}.log", file, "tq4_tcq")
+        assert 0 < divergence_of(want, fresh) < worst
+        assert divergence_of(want, moved) < 3 * divergence_of(want, fresh)
     none = stamped(model, tmp_path / "none.gguf", Centers("none"))
     _, moved_none = shifted(fork, tmp_path / "none.log", none, "tq4_tcq")
-    assert divergence_of(want, moved_none) > 8 * divergence_of(want, moved)
+    assert divergence_of(want, moved_none) > 3 * divergence_of(want, moved)
 
 
-@pytest.mark.xfail(reason="centers turn with the first coordinates of such heads, a shift turns the last", strict=True)
 def test_shift_of_keys_whose_last_part_turns(fork: Fork, random_model: RandomModel, tmp_path: Path) -> None:
-    """Upstream turns the last coordinates of such heads, centers turn with the first."""
+    """Upstream turns the last coordinates of such heads, centers would turn with the first: the keys have none."""
     model = random_model(DeepSeek2(mla=False, n_layer=1))
     file = stamped(model, tmp_path / "mean.gguf", arbitrary(model, 2.0))
     want, again = shifted(fork, tmp_path / "f16.log", model, "f16")
     assert divergence_of(want, again) < 1e-3
     fresh, moved = shifted(fork, tmp_path / "tq.log", file, "tq4_tcq")
+    assert "keys are not centered (this architecture's cannot be)" in (tmp_path / "tq.log").read_text()
     assert divergence_of(want, moved) < 4 * divergence_of(want, fresh)
+    assert [p.tobytes() for p in fresh] == [p.tobytes() for p in shifted(fork, tmp_path / "x", model, "tq4_tcq")[0]]
 
 
 @pytest.mark.parametrize("options", [("--no-kv-unified",), ("--kv-unified",)])
 def test_slots(fork: Fork, random_model: RandomModel, tmp_path: Path, options: tuple[str, ...]) -> None:
     """A slot's distributions do not depend on what the other one holds; a copied sequence is as good."""
-    model = random_model(BIASED["64"])
+    model = scaled(random_model, BIASED["64"], tmp_path / "scaled.gguf")
     prompts = [A + tail for tail in TAILS[:4]]
     with fork.server(tmp_path / "f16.log", "-m", model, *cached("f16")) as server:
         want = [distribution(server, p) for p in prompts]
@@ -312,21 +378,25 @@ def test_slots(fork: Fork, random_model: RandomModel, tmp_path: Path, options: t
         alone = [distribution(server, p, 1, cache_prompt=False) for p in prompts]
         server.complete(B + C, 24, 0, cache_prompt=False)
         beside = [distribution(server, p, 1, cache_prompt=False) for p in prompts]
-        # two sequences in a batch
+        # two sequences in a batch, token by token; as long as each other, so that both are split as if alone
+        two_prompts = [A, C[: len(A)]]
         status, answer = server.request(
-            "POST", "/completion", {"prompt": [A, C], "n_predict": 24, "temperature": 0, "cache_prompt": False}
+            "POST", "/completion", PROBABILITIES | {"prompt": two_prompts, "n_predict": 24, "cache_prompt": False}
         )
         assert status == 200
-        texts = {str(entry["content"]) for entry in cast("list[dict[str, object]]", answer)}
-        assert texts == {server.complete(p, 24, 1, ignore_eos=False, cache_prompt=False)["content"] for p in (A, C)}
-    assert divergence_of(want, alone) < 0.02
+        for entry, p in zip(cast("list[Json]", answer), two_prompts, strict=True):
+            one = distributions(server.complete(p, 24, 1, cache_prompt=False, **PROBABILITIES))
+            assert len(one) == 24
+            assert divergence_of(one, distributions(entry)) < 1e-4
+    assert 0 < divergence_of(want, alone) < 0.1
     assert divergence_of(alone, beside) < 1e-3
 
 
 def test_copied_sequences(fork: Fork, random_model: RandomModel, tmp_path: Path) -> None:
     """Upstream's test of saving, restoring and copying."""
     options = ("-p", "Once upon a time", "-n", 16, "-c", 256, "-t", THREADS, "-ctk", "tq4_tcq", "-ctv", "tq4")
-    model = random_model(Biased(head_dim=128, n_layer=12))  # its last test wants a state of 12 kB
+    m = Biased(head_dim=128, n_layer=12)
+    model = scaled(random_model, m, tmp_path / "scaled.gguf")  # its last test wants a state of 12 kB
     fork.run("test-save-load-state", "-m", model, *options, last="All tests passed", cwd=tmp_path).ok()
 
 
@@ -335,13 +405,13 @@ def test_copied_sequences(fork: Fork, random_model: RandomModel, tmp_path: Path)
 
 @pytest.fixture
 def kinds(random_model: RandomModel, tmp_path: Path) -> dict[str, Path]:
-    """One model, its keys centered by its biases, by means and not at all."""
+    """One model, its keys centered by its biases, by means and not at all; ``other`` has other scales."""
     model = random_model(BIASED["64"])
     near = BIASED["64"].key_bias().ravel() + np.float32(0.1)
     return {
         "bias": model,
-        "mean": stamped(model, tmp_path / "mean.gguf", Centers("mean", near)),
-        "other": stamped(model, tmp_path / "other.gguf", Centers("mean", near + np.float32(0.1))),
+        "mean": stamped(model, tmp_path / "mean.gguf", Centers("mean", near, scales(model))),
+        "other": stamped(model, tmp_path / "other.gguf", Centers("mean", near, scales(model, 8))),
         "none": stamped(model, tmp_path / "none.gguf", Centers("none")),
     }
 
@@ -388,6 +458,26 @@ def test_slots_of_other_centers_are_refused(fork: Fork, kinds: dict[str, Path], 
 # ---- what is said, and what is refused
 
 
+@pytest.mark.parametrize("name", ["64", "a part of a head turns", "adjacent pairs, factors"])
+def test_two_scales_of_a_pair_are_refused(fork: Fork, random_model: RandomModel, tmp_path: Path, name: str) -> None:
+    """A shift would not leave the row scaled as it was. Coordinates that do not turn have scales of their own."""
+    m = BIASED[name]
+    model, dim = random_model(m), m.head_dim
+    a, b = (list(range(dim))[part][3] for part in pairs(read_header(model)))
+    centers = arbitrary(model)
+    assert centers.key is not None
+    assert centers.scale is not None
+    s = centers.scale.copy()
+    s[-dim + b] = np.nextafter(s[-dim + a], np.float32(9))  # the last layer's last head
+    file = stamped(model, tmp_path / "mean.gguf", Centers("mean", centers.key, s))
+    message = (
+        rf"turboquant\.center\.scale: in layer 1 coordinates {a} and {b}, which RoPE turns together, have different"
+    )
+    fork.refuses_completion(message, file, n=1, cache=("tq3_tcq", "f16"))
+    fork.refuses(message, "llama-server", "--port", free_port(), "-m", file, *cached("tq3_tcq"))
+    fork.complete(file, n=1, cache=("f16", "tq3_tcq"))  # values know no scales
+
+
 @pytest.mark.parametrize("program", ["llama-completion", "llama-server", "llama-batched-bench", "llama-bench"])
 def test_without_flash_attention_centered_keys_are_refused(fork: Fork, kinds: dict[str, Path], program: str) -> None:
     off = ("-fa", 0) if program == "llama-bench" else ("-fa", "off", "-c", 256)
@@ -421,14 +511,16 @@ def test_without_flash_attention_keys_that_are_not_centered_work(
 def test_what_keys_are_centered_by_is_said(
     fork: Fork, kinds: dict[str, Path], random_model: RandomModel, tmp_path: Path
 ) -> None:
-    mla = random_model(DeepSeek2())
     stated = {
         "centered by the biases of the key projections": kinds["bias"],
-        r"centered .* in the file": kinds["mean"],
+        "centered and scaled by the calibration in the file": kinds["mean"],
         r"not centered \(the file says so\)": kinds["none"],
         r"not centered \(no means in the file, .*, and no key biases\)": random_model(Llama(64)),
-        r"not centered \(this architecture's cannot be\)": stamped(mla, tmp_path / "mla.gguf", arbitrary(mla)),
     }
+    for i, m in enumerate((DeepSeek2(), DeepSeek2(mla=False))):
+        model = random_model(m)
+        stamp = stamped(model, tmp_path / f"{i}.gguf", arbitrary(model))
+        stated[r"not centered \(this architecture's cannot be\)" + i * "()"] = stamp
     for message, model in stated.items():
         cache = ("tq3_tcq", "tq3_tcq")
         assert re.search("keys are " + message, fork.complete(model, n=1, cache=cache).err), message
@@ -455,7 +547,8 @@ def test_stamp_turns_centering_off_and_on(fork: Fork, random_model: RandomModel,
 def test_draft_model_with_centers_of_its_own(fork: Fork, random_model: RandomModel, tmp_path: Path) -> None:
     """The target's text is what it writes alone, and the draft's are as good as those of the target's own copy."""
     target = random_model(BIASED["64"])
-    near = stamped(target, tmp_path / "mean.gguf", Centers("mean", BIASED["64"].key_bias().ravel() + np.float32(0.5)))
+    means = BIASED["64"].key_bias().ravel() + np.float32(0.5)
+    near = stamped(target, tmp_path / "mean.gguf", Centers("mean", means, scales(target)))
     options = ("-m", target, *cached("tq4_tcq", "--spec-type", "draft-simple"))
     with fork.server(tmp_path / "alone.log", "-m", target, *cached("tq4_tcq")) as server:
         alone = server.complete(A, 48)["content"]
@@ -463,7 +556,7 @@ def test_draft_model_with_centers_of_its_own(fork: Fork, random_model: RandomMod
         drafted = server.complete(A, 48)
         log = server.log.read_text()
     assert "centered by the biases" in log
-    assert re.search("keys are centered .* in the file", log)
+    assert "keys are centered and scaled by the calibration in the file" in log
     assert drafted["content"] == alone
     assert drafted["timings"]["draft_n_accepted"] > 20
 
@@ -481,8 +574,6 @@ def remote(fork: Fork, tmp_path: Path) -> Iterator[tuple[object, ...]]:
 def test_a_remote_device(divergence: Divergence, kinds: dict[str, Path], remote: tuple[object, ...]) -> None:
     for kind in ("bias", "mean"):
         divergence.bases[kinds[kind], 256, 1] = divergence.base(kinds["bias"], 256, 1)
-        here = divergence.measure(kinds[kind], ("tq4_tcq", "f16"))
         for options in ((), ("-ub", 1)):
-            assert divergence.measure(kinds[kind], ("tq4_tcq", "f16"), *remote, *options) == pytest.approx(
-                here, rel=0.06
-            )
+            here, there = (divergence.measure(kinds[kind], ("tq4_tcq", "f16"), *o) for o in (options, remote + options))
+            assert there == pytest.approx(here, rel=0.02)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metadata_vectors import CENTERS, HPARAMS, VECTORS
+from metadata_vectors import CENTERS, HPARAMS, SCALES, VECTORS
 from typer.testing import CliRunner
 
 from ggml_tq import gguf_file, metadata
@@ -184,7 +184,7 @@ def test_a_stamp_keeps_centers(tmp_path: Path) -> None:
     path = with_key_bias(tmp_path / "model.gguf")
     mean, again, other = (tmp_path / f"{name}.gguf" for name in ("mean", "again", "other"))
     origin = {"center.text": "a text", "codebooks": "sphere"}
-    metadata.stamp(path, mean, DEFAULT, origin, centers=Centers("mean", CENTERS))
+    metadata.stamp(path, mean, DEFAULT, origin, centers=Centers("mean", CENTERS, SCALES))
     shown = json.loads(run("inspect", mean, "--json"))["parameters"]
     assert shown["center"]["kind"] == "mean"
     assert shown["center"]["rms"] == pytest.approx([np.sqrt(np.mean(m**2)) for m in np.split(CENTERS, 2)], rel=1e-6)
@@ -194,6 +194,7 @@ def test_a_stamp_keeps_centers(tmp_path: Path) -> None:
     found = metadata.read(again)[1]
     assert found.params.rotation_seed == 3
     np.testing.assert_array_equal(found.centers.key, CENTERS)
+    np.testing.assert_array_equal(found.centers.scale, SCALES)
     kept = metadata.provenance_of(read_header(again))
     assert (kept["center.text"], kept["codebooks"]) == ("a text", "gaussian")
 
@@ -366,4 +367,5 @@ def test_random_damage_is_an_error_or_harmless(data: st.DataObject, tmp_path_fac
         _, found = metadata.read(path)
     except (GgufError, ParamsError):
         return
-    assert found is None or (found.params.hash, found.centers.hash) == (DEFAULT.hash, Centers("mean", CENTERS).hash)
+    hashes = DEFAULT.hash, Centers("mean", CENTERS, SCALES).hash
+    assert found is None or (found.params.hash, found.centers.hash) == hashes

@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import PROSE, Divergence
-from random_models import Llama
+from random_models import Biased, Llama
 
 from ggml_tq import metadata
 from ggml_tq.cache_types import CODEBOOK_TYPES
+from ggml_tq.center import Centers
 from ggml_tq.eval.runs import PATHS, Figure, Pair, PathKind
 from ggml_tq.params import DEFAULT, Params, Quantizer
 
@@ -30,13 +32,17 @@ BASELINE = Path(__file__).parents[1] / "data" / "kld_baseline.json"
 WRITE = os.environ.get("GGML_TQ_WRITE_BASELINE") == "1"
 SIGMAS = 3
 
-OURS = ("tq4", "tq4_mse", "tq3", "tq3_mse", "tq2", "tq2_mse")
+OURS = tuple(f"tq{bits}{kind}" for bits in (4, 3, 2) for kind in ("", "_mse", "_tcq"))
 # q4_0 has nothing of ours: if it moves, the measurement has
 RUNS: dict[str, dict[PathKind, tuple[str, ...]]] = {
-    "smollm2": {"batched": ("q4_0", *OURS[:-1]), "decode": ("tq3",)},  # head dim 64; seconds a run
+    # head dim 64; seconds a run
+    "smollm2": {"batched": ("q4_0", "tq4", "tq3", "tq3_mse", "tq3_tcq", "tq2"), "decode": ("tq3_tcq",)},
     "random-128": dict.fromkeys(PATHS, ("q4_0", *OURS, "q8_0/tq3", "tq4/tq3")),  # head dim 128
+    "biased": dict.fromkeys(PATHS, ("tq4_tcq", "tq3_tcq/f16")),  # keys of large biases, which are taken off
+    "scaled": dict.fromkeys(PATHS, ("tq4_tcq", "tq3_tcq/f16")),  # the same model with scales that its queries ask for
 }
-SIZES = {"smollm2": (512, 1), "random-128": (512, 3)}  # context and chunks
+SIZES = {"smollm2": (512, 1), "random-128": (512, 3), "biased": (512, 3), "scaled": (512, 3)}  # context and chunks
+BIASED = Biased()
 CASES = [(model, pair, path) for model, paths in RUNS.items() for path, pairs in paths.items() for pair in pairs]
 BOTH = [(model, pair) for model, paths in RUNS.items() for pair in paths["decode"]]
 TEXT = hashlib.sha256((PROSE * 2).encode()).hexdigest()
@@ -64,9 +70,25 @@ class Measure:
         return self.divergence.figures(file, (parsed.k, parsed.v), ctx=ctx, chunks=chunks, path=path)
 
 
+def scaled_centers() -> Centers:
+    """The biases, and scales that are small where queries hardly look (Biased makes them so)."""
+    m = BIASED.key_bias()
+    s = np.ones_like(m)
+    s[..., BIASED.biased()] = 0.2
+    return Centers("mean", m.ravel(), s.ravel())
+
+
 @pytest.fixture(scope="module")
-def measure(divergence: Divergence, smollm2: Path, random_model: Callable[[object], Path]) -> Iterator[Measure]:
-    measured = Measure(divergence, {"smollm2": smollm2, "random-128": random_model(Llama(128))})
+def measure(
+    divergence: Divergence,
+    smollm2: Path,
+    random_model: Callable[[object], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Measure]:
+    models = {"smollm2": smollm2, "random-128": random_model(Llama(128)), "biased": random_model(BIASED)}
+    models["scaled"] = tmp_path_factory.mktemp("models") / "scaled.gguf"
+    metadata.stamp(models["biased"], models["scaled"], DEFAULT, centers=scaled_centers())
+    measured = Measure(divergence, models)
     yield measured
     if WRITE:
         lines = {f"{m} {pair} {path}": measured(m, pair, path) for m, pair, path in CASES}
@@ -103,10 +125,17 @@ def test_decode_agrees_with_batches(measure: Measure, model: str, pair: str) -> 
 
 @pytest.mark.parametrize("model", RUNS)
 def test_more_bits_are_better(measure: Measure, model: str) -> None:
-    for kind in ("", "_mse"):
+    for kind in ("", "_mse", "_tcq"):
         names = [f"tq{bits}{kind}" for bits in (4, 3, 2)]
         kld = [measure(model, name, "batched")[0] for name in names if name in RUNS[model]["batched"]]
         assert kld == sorted(kld)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_scales_are_better(measure: Measure, path: PathKind) -> None:
+    """A quarter of the coordinates is seen 25 times less: of the error's power (3 + 0.04)^2 / 4^2 / 0.75 are left."""
+    plain, scaled = (measure(model, "tq3_tcq/f16", path)[0] for model in ("biased", "scaled"))
+    assert scaled / plain == pytest.approx(0.77, abs=0.1)
 
 
 def moved_centroid(name: str) -> Params:
@@ -127,3 +156,35 @@ def test_a_moved_centroid_is_noticed(measure: Measure, baseline: dict[str, Any],
     kld = measure.run(broken, "random-128", pair, "batched")["kld"][0]
     assert kld is not None
     assert deviation((kld, 0), baseline[f"random-128 {pair} batched"]) > SIGMAS
+
+
+DAMAGES = ["no centers", "zeros for a head", "another sign", "another's means", "no scales", "reciprocals"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_center_is_noticed(measure: Measure, baseline: dict[str, Any], tmp_path: Path, damage: str) -> None:
+    """One of 4 heads, or all, in the file that brings them, with a hash that fits (measured: by 13 errors and more)."""
+    good = scaled_centers()
+    assert good.key is not None
+    assert good.scale is not None
+    m, s = (v.reshape(BIASED.key_bias().shape).copy() for v in (good.key, good.scale))
+    match damage:
+        case "zeros for a head":
+            m[1, 0] = 0
+        case "another sign":
+            m[1, 0] *= -1
+        case "another's means":
+            m[1, 0] = m[1, 1]
+        case "no scales":
+            s[:] = 1
+        case "reciprocals":
+            s[1, 0] = 1 / s[1, 0]
+    broken = tmp_path / "broken.gguf"
+    centers = Centers("none") if damage == "no centers" else Centers("mean", m.ravel(), s.ravel())
+    metadata.stamp(measure.models["biased"], broken, DEFAULT, centers=centers)
+    ctx, chunks = SIZES["scaled"]
+    measure.divergence.bases[broken, ctx, chunks] = measure.divergence.base(measure.models["biased"], ctx, chunks)
+    for path in PATHS:
+        kld = measure.run(broken, "scaled", "tq3_tcq/f16", path)["kld"][0]
+        assert kld is not None
+        assert deviation((kld, 0), baseline[f"scaled tq3_tcq/f16 {path}"]) > SIGMAS
