@@ -40,8 +40,8 @@ class Rows:
     def decode(self, params: Params = DEFAULT, centers: int = 0) -> NDArray[np.float32]:
         """The values, float32 (cells, n); those of upstream's quantized types as cached, rotated by its graph.
 
-        ``centers``, for keys: the hash of what they are centered by (``ggml_tq.center.Centers.hash``), which is not
-        added back. Raises StateError if ``params`` or ``centers`` are not those of the file.
+        ``centers``, for keys: the hash of what they are centered by (``ggml_tq.center.Centers.hash``), which are
+        not added back; nor are scales undone. Raises StateError if ``params`` or ``centers`` are not those of the file.
         """
         if self.type in TYPES:
             if self.version != FORMAT_VERSION or self.hash_bits != (params.hash ^ centers) & 0xFFFFF:
