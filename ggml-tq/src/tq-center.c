@@ -17,16 +17,16 @@ void tq_center_make_table(const double * freqs, int32_t n_rot, float * table) {
     }
 }
 
-// the turn of pair i at a position
-static void turn(const struct tq_center * center, int32_t pos, int32_t i, float * c, float * s) {
+// the turn of pair i at position 256*page
+static void page_turn(const struct tq_center * center, int32_t page, int32_t i, float * c, float * s) {
     *c = 1.0f;
     *s = 0.0f;
     bool first = true;
-    for (int part = 0; part < 3; ++part, pos /= PAGE) {
-        if (pos%PAGE == 0) {
+    for (int part = 1; part < 3; ++part, page >>= 8) {
+        if ((page & 0xff) == 0) {
             continue;
         }
-        const float * row = center->table + (int64_t) (part*PAGE + pos%PAGE)*center->n_rot;
+        const float * row = center->table + (int64_t) (part*PAGE + (page & 0xff))*center->n_rot;
         const float c1 = row[i];
         const float s1 = row[i + center->n_rot/2];
         const float c0 = *c;
@@ -94,25 +94,20 @@ struct tq_center_query tq_center_query_init(const struct tq_center * center, con
     return (struct tq_center_query) { w, -1 };
 }
 
-void tq_center_turn(const struct tq_center * center, const struct tq_center_query * query, int32_t pos, float * w) {
-    const int32_t n_pairs = center->n_rot/2;
-    const float * w0 = query->w;
-    pos = clamp(pos);
-    for (int32_t i = 0; i < n_pairs; ++i) {
-        float c, s;
-        turn(center, pos, i, &c, &s);
-        w[i]           = w0[i]*c           + w0[i + n_pairs]*s;
-        w[i + n_pairs] = w0[i + n_pairs]*c - w0[i]*s;
-    }
-}
-
 float tq_center_score(const struct tq_center * center, struct tq_center_query * query, int32_t pos) {
-    const int32_t n_rot = center->n_rot;
-    float * wp = query->w + n_rot;
+    const int32_t n_rot   = center->n_rot;
+    const int32_t n_pairs = n_rot/2;
+    const float * w  = query->w;
+    float       * wp = query->w + n_rot;
     pos = clamp(pos);
     if (query->page != pos/PAGE) {
         query->page = pos/PAGE;
-        tq_center_turn(center, query, query->page*PAGE, wp);
+        for (int32_t i = 0; i < n_pairs; ++i) {
+            float c, s;
+            page_turn(center, query->page, i, &c, &s);
+            wp[i]           = w[i]*c           + w[i + n_pairs]*s;
+            wp[i + n_pairs] = w[i + n_pairs]*c - w[i]*s;
+        }
     }
     const float * row = center->table + (int64_t) (pos%PAGE)*n_rot;
     float part[16] = { 0.0f }; // a row of partial sums, so that the loop vectorizes
@@ -122,7 +117,7 @@ float tq_center_score(const struct tq_center * center, struct tq_center_query * 
             part[l] += wp[i + l]*row[i + l];
         }
     }
-    float sum = query->w[2*n_rot];
+    float sum = w[2*n_rot];
     for (int l = 0; l < 16; ++l) {
         sum += part[l];
     }

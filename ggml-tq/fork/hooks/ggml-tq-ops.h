@@ -96,3 +96,49 @@ static inline void ggml_tq_set_rows(const ggml_tensor * dst, int ith, int nth) {
         flush();
     }
 }
+
+// FLASH_ATTN_EXT, keys of one head and sequence
+struct ggml_tq_key_center : ggml_tq_center {
+    const int32_t * positions = nullptr; // of cells
+    const float   * m         = nullptr;
+    const float   * inv       = nullptr;
+    tq_center_query state;
+    float           w[TQ_CENTER_QUERY_SIZE(1024)];
+    float           scaled[1024];
+
+    // q: the query whose scores are wanted, if any
+    ggml_tq_key_center(const ggml_tensor * op, int64_t head, int64_t stream, const float * q) : ggml_tq_center(op, GGML_TQ_SRC_FLASH_ATTN) {
+        if (pos) {
+            positions = (const int32_t *) ((const char *) pos->data + stream*pos->nb[1]);
+            m         = of_head(head);
+            inv       = inverse(head);
+            GGML_ASSERT(center.head_dim <= 1024);
+            if (q) {
+                state = tq_center_query_init(&center, m, q, w);
+                for (int32_t i = 0; i < center.head_dim; ++i) {
+                    scaled[i] = q[i]*inv[i];
+                }
+            }
+        }
+    }
+
+    // the query for stored rows
+    const float * query(const float * q) const {
+        return pos ? scaled : q;
+    }
+
+    // what centering took from the score of a cell
+    float score(int64_t cell) {
+        return pos ? tq_center_score(&center, &state, positions[cell]) : 0.0f;
+    }
+
+    // the key in a cell from its decoded row
+    void restore(float * key, int64_t cell) const {
+        if (pos) {
+            for (int32_t i = 0; i < center.head_dim; ++i) {
+                key[i] *= inv[i];
+            }
+            tq_center_add(&center, m, positions[cell], 1.0f, key);
+        }
+    }
+};
