@@ -102,13 +102,13 @@ def test_help_names_the_types(fork: Fork) -> None:
 @pytest.mark.parametrize("option", ["-ctk", "-ctv"])
 @pytest.mark.parametrize("name", ["tq9", "tq3_", "TQ3", "tq_query", ""])
 def test_unknown_names_are_refused(fork: Fork, smollm2: Path, option: str, name: str) -> None:
-    message = rf"Unsupported cache type: {name} \(allowed: f32, .*tq4_qjl, tq2, tq3, tq4"
+    message = rf"Unsupported cache type: {name} \(allowed: f32, .*tq4_tcq, tq2, tq3, tq4"
     fork.refuses(message, "llama-completion", "-m", smollm2, option, name)
 
 
 @pytest.mark.parametrize("option", ["-ctkd", "-ctvd"])
 def test_unknown_draft_names_are_refused(fork: Fork, smollm2: Path, option: str) -> None:
-    message = r"Unsupported cache type: tq9 \(allowed: f32, .*tq4_qjl, tq2, tq3, tq4"
+    message = r"Unsupported cache type: tq9 \(allowed: f32, .*tq4_tcq, tq2, tq3, tq4"
     fork.refuses(message, "llama-server", "-m", smollm2, option, "tq9")
 
 
