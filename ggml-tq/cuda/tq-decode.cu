@@ -9,10 +9,7 @@ static __global__ void __launch_bounds__(32*TQ_DECODE_WARPS) tq_decode_rows(
     __shared__ float table[32];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    if (warp == 0) {
-        table[lane] = codec.table[lane];
-    }
-    __syncthreads();
+    tq_share_table(codec, table);
 
     for (int64_t i = (int64_t) blockIdx.x*TQ_DECODE_WARPS + warp; i < rows.n_blocks; i += (int64_t) gridDim.x*TQ_DECODE_WARPS) {
         const tq_place at = tq_find(rows, i);

@@ -22,10 +22,7 @@ static __global__ void __launch_bounds__(32*TQ_ENCODE_WARPS) tq_encode_rows(
     __shared__ float table[32];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    if (warp == 0) {
-        table[lane] = codec.table[lane];
-    }
-    __syncthreads();
+    tq_share_table(codec, table);
 
     const int64_t i = (int64_t) blockIdx.x*TQ_ENCODE_WARPS + warp;
     if (i >= rows.n_blocks) {
@@ -46,10 +43,7 @@ static __global__ void __launch_bounds__(32*TQ_N_MULTIPLES) tq_encode_rows_tcq(
     __shared__ tq_search<bits> search[TQ_N_MULTIPLES];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    if (warp == 0) {
-        table[lane] = codec.table[lane];
-    }
-    __syncthreads();
+    tq_share_table(codec, table);
 
     const tq_place at = tq_find(rows, blockIdx.x);
     const tq_unit  n  = tq_normalize(codec, tq_load(src, at, center, lane), lane);

@@ -23,6 +23,14 @@ struct tq_rows {
     int64_t index_nb[3];
 };
 
+// the table of levels to shared memory; all threads of a CUDA block take part
+static __device__ __forceinline__ void tq_share_table(const tq_codec & codec, float * table) {
+    if (threadIdx.x < 32) {
+        table[threadIdx.x] = codec.table[threadIdx.x];
+    }
+    __syncthreads();
+}
+
 struct tq_place {
     int     i1, i2, i3;
     int64_t ib;                // in the row

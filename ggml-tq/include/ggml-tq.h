@@ -95,6 +95,10 @@ const struct tq_params * tq_params_default(void);
 
 void tq_params_set_seeds(struct tq_params * params, uint64_t rotation_seed, uint64_t sketch_seed);
 
+// 64-bit FNV-1a goes on by a number's four little-endian bytes; it starts from TQ_HASH_START
+#define TQ_HASH_START 0xcbf29ce484222325ull
+uint64_t tq_hash_float(uint64_t hash, float f);
+
 // NULL, or what is wrong with the values; then params is as it was
 const char * tq_params_set_codebook(struct tq_params * params, enum tq_type type, const float * centroids, size_t n);
 const char * tq_params_set_kappa   (struct tq_params * params, enum tq_type type, float kappa);

@@ -17,23 +17,16 @@ void tq_center_make_table(const double * freqs, int32_t n_rot, float * table) {
     }
 }
 
-// the turn of pair i at position 256*page
-static void page_turn(const struct tq_center * center, int32_t page, int32_t i, float * c, float * s) {
-    *c = 1.0f;
-    *s = 0.0f;
-    bool first = true;
+// the turn (c, s) of pair i goes on by 256*page positions
+static void turn_pages(const struct tq_center * center, int32_t page, int32_t i, float * c, float * s) {
     for (int part = 1; part < 3; ++part, page >>= 8) {
-        if ((page & 0xff) == 0) {
-            continue;
+        if ((page & 0xff) != 0) {
+            const float * row = center->table + (int64_t) (part*PAGE + (page & 0xff))*center->n_rot;
+            const float c1 = *c*row[i]                   - *s*row[i + center->n_rot/2];
+            const float s1 = *c*row[i + center->n_rot/2] + *s*row[i];
+            *c = c1;
+            *s = s1;
         }
-        const float * row = center->table + (int64_t) (part*PAGE + (page & 0xff))*center->n_rot;
-        const float c1 = row[i];
-        const float s1 = row[i + center->n_rot/2];
-        const float c0 = *c;
-        const float s0 = *s;
-        *c = first ? c1 : c0*c1 - s0*s1;
-        *s = first ? s1 : c0*s1 + s0*c1;
-        first = false;
     }
 }
 
@@ -50,20 +43,11 @@ void tq_center_add(const struct tq_center * center, const float * m, int32_t pos
     const int32_t n_rot   = center->n_rot;
     const int32_t n_pairs = n_rot/2;
     pos = clamp(pos);
+    const float * row = center->table + (int64_t) (pos%PAGE)*n_rot;
     for (int32_t i = 0; i < n_pairs; ++i) {
-        const float * row = center->table + (int64_t) (pos%PAGE)*n_rot;
         float c = row[i];
         float s = row[i + n_pairs];
-        int32_t page = pos/PAGE;
-        for (int part = 1; part < 3; ++part, page >>= 8) {
-            if ((page & 0xff) != 0) {
-                row = center->table + (int64_t) (part*PAGE + (page & 0xff))*n_rot;
-                const float c1 = c*row[i]           - s*row[i + n_pairs];
-                const float s1 = c*row[i + n_pairs] + s*row[i];
-                c = c1;
-                s = s1;
-            }
-        }
+        turn_pages(center, pos/PAGE, i, &c, &s);
         int32_t a, b;
         pair(center, i, &a, &b);
         const float ma = m[a];
@@ -103,8 +87,9 @@ float tq_center_score(const struct tq_center * center, struct tq_center_query * 
     if (query->page != pos/PAGE) {
         query->page = pos/PAGE;
         for (int32_t i = 0; i < n_pairs; ++i) {
-            float c, s;
-            page_turn(center, query->page, i, &c, &s);
+            float c = 1.0f;
+            float s = 0.0f;
+            turn_pages(center, query->page, i, &c, &s);
             wp[i]           = w[i]*c           + w[i + n_pairs]*s;
             wp[i + n_pairs] = w[i + n_pairs]*c - w[i]*s;
         }

@@ -93,21 +93,21 @@ static uint64_t fnv1a(uint64_t h, uint64_t word, int n_bytes) {
     return h;
 }
 
-static uint64_t fnv1a_float(uint64_t h, float f) {
+uint64_t tq_hash_float(uint64_t h, float f) {
     uint32_t u;
     memcpy(&u, &f, sizeof(u));
     return fnv1a(h, u, 4);
 }
 
 static void update_hash(struct tq_params * params) {
-    uint64_t h = fnv1a(0xcbf29ce484222325ull, TQ_FORMAT_VERSION, 4);
+    uint64_t h = fnv1a(TQ_HASH_START, TQ_FORMAT_VERSION, 4);
     h = fnv1a(h, params->rotation_seed, 8);
     h = fnv1a(h, params->sketch_seed,   8);
     for (int t = 0; t < TQ_QUANTIZER_COUNT; ++t) {
         for (int k = 0; k < 1 << type_info[t].code_bits; ++k) {
-            h = fnv1a_float(h, params->quantizers[t].centroids[k]);
+            h = tq_hash_float(h, params->quantizers[t].centroids[k]);
         }
-        h = fnv1a_float(h, params->quantizers[t].kappa);
+        h = tq_hash_float(h, params->quantizers[t].kappa);
     }
     params->hash = h;
 }

@@ -60,7 +60,7 @@ static inline float ggml_tq_max_test_error(ggml_type type) {
 }
 
 static inline float ggml_tq_max_dot_error(ggml_type type) {
-    static const float max[] = { 0.144f, 0.048f, 0.015f, 0.030f, 0.0030f, 0.0045f, 0.03f, 0.02f, 0.01f };
+    static const float max[] = { 0.144f, 0.048f, 0.015f, 0.030f, 0.0030f, 0.0045f, 0.0032f, 0.0069f, 0.0013f };
     return max[type - GGML_TYPE_TQ2_MSE];
 }
 

@@ -60,15 +60,15 @@ static std::vector<float> to_host(const ggml_tensor * t, int64_t first, int64_t 
 // keys are normalized after it
 static const ggml_tensor * key_bias(const llama_model & model, uint32_t il, int64_t & first) {
     const int64_t n = model.hparams.n_embd_k_gqa(il);
-    const std::string prefix = "blk." + std::to_string(il) + ".";
-    if (model.get_tensor((prefix + "attn_k_norm.weight").c_str())) {
+    const llama_layer & layer = model.layers[il];
+    if (layer.attn_k_norm) {
         return nullptr;
     }
-    if (const ggml_tensor * b = model.get_tensor((prefix + "attn_k.bias").c_str())) {
+    if (const ggml_tensor * b = layer.wk_b) {
         first = 0;
         return ggml_nelements(b) == n ? b : nullptr;
     }
-    if (const ggml_tensor * b = model.get_tensor((prefix + "attn_qkv.bias").c_str())) {
+    if (const ggml_tensor * b = layer.wqkv_b) {
         first = ggml_nelements(b) - n - model.hparams.n_embd_v_gqa(il);
         return first > 0 ? b : nullptr;
     }

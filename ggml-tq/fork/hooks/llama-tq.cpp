@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
-#include <cstring>
 #include <mutex>
 #include <stdexcept>
 
@@ -24,21 +23,30 @@
 
 static const std::string PREFIX = "turboquant.";
 
+static void refuse(const std::string & key, const std::string & problem) {
+    throw std::runtime_error(key + ": " + problem);
+}
+
+static int64_t find(const gguf_context * gguf, const std::string & key) {
+    const int64_t id = gguf_find_key(gguf, key.c_str());
+    if (id < 0) {
+        refuse(key, "missing");
+    }
+    return id;
+}
+
 // the value of a key of a certain type; throws if there is none. An array's elements follow the first.
 template <typename T>
 static const T * get(const gguf_context * gguf, const std::string & key, gguf_type type, size_t * n = nullptr) {
-    const int64_t id = gguf_find_key(gguf, key.c_str());
-    if (id < 0) {
-        throw std::runtime_error(key + ": missing");
-    }
+    const int64_t id = find(gguf, key);
     if (n == nullptr) {
         if (gguf_get_kv_type(gguf, id) != type) {
-            throw std::runtime_error(key + ": wrong type, want " + gguf_type_name(type));
+            refuse(key, std::string("wrong type, want ") + gguf_type_name(type));
         }
         return (const T *) gguf_get_val_data(gguf, id);
     }
     if (gguf_get_kv_type(gguf, id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(gguf, id) != type) {
-        throw std::runtime_error(key + ": wrong type, want an array of " + gguf_type_name(type));
+        refuse(key, std::string("wrong type, want an array of ") + gguf_type_name(type));
     }
     *n = gguf_get_arr_n(gguf, id);
     return (const T *) gguf_get_arr_data(gguf, id);
@@ -60,7 +68,7 @@ static void check_keys(const gguf_context * gguf) {
             continue;
         }
         if (std::find(known.begin(), known.end(), key.substr(PREFIX.size())) == known.end()) {
-            throw std::runtime_error(key + ": unknown key");
+            refuse(key, "unknown key");
         }
     }
 }
@@ -75,18 +83,11 @@ static bool has_metadata(const gguf_context * gguf) {
 }
 
 static std::string get_string(const gguf_context * gguf, const std::string & key) {
-    const int64_t id = gguf_find_key(gguf, key.c_str());
-    if (id < 0) {
-        throw std::runtime_error(key + ": missing");
-    }
+    const int64_t id = find(gguf, key);
     if (gguf_get_kv_type(gguf, id) != GGUF_TYPE_STRING) {
-        throw std::runtime_error(key + ": wrong type, want str");
+        refuse(key, "wrong type, want str");
     }
     return gguf_get_val_str(gguf, id);
-}
-
-static void refuse(const std::string & key, const std::string & problem) {
-    throw std::runtime_error(key + ": " + problem);
 }
 
 // want numbers that are all valid; their bytes go into the hash
@@ -101,11 +102,7 @@ static std::vector<float> load_numbers(const gguf_context * gguf, const std::str
         if (!valid(values[i])) {
             refuse(key, "number " + std::to_string(i) + " is " + invalid);
         }
-        uint32_t word;
-        memcpy(&word, &values[i], sizeof(word));
-        for (int b = 0; b < 4; ++b) {
-            hash = (hash ^ ((word >> 8*b) & 0xff))*0x100000001b3ull;
-        }
+        hash = tq_hash_float(hash, values[i]);
     }
     return std::vector<float>(values, values + n);
 }
@@ -131,7 +128,7 @@ static void load_centers(const gguf_context * gguf, const llama_hparams & hparam
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
         want += hparams.n_embd_k_gqa(il);
     }
-    uint64_t hash = 0xcbf29ce484222325ull;
+    uint64_t hash = TQ_HASH_START;
     tq.centers = load_numbers(gguf, key, want, "not finite, or not below 1e6", hash, [](float m) {
         return std::fabs(m) < 1e6f;
     });
