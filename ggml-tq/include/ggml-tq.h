@@ -127,6 +127,55 @@ bool tq_validate(enum tq_type type, const void * src, int64_t n);
 void tq_rotate  (const struct tq_params * params, const float * x, float * y, int64_t n);
 void tq_unrotate(const struct tq_params * params, const float * y, float * x, int64_t n);
 
+// src[tq_row_size(type, n)] -> y[n] = rotate(what tq_decode() gives), without turning back and forth
+void tq_decode_rotated(const struct tq_params * params, enum tq_type type, const void * src, float * y, int64_t n);
+
+// y = sketch(x) and back, block by block; in place allowed
+void tq_sketch  (const struct tq_params * params, const float * x, float * y, int64_t n);
+void tq_unsketch(const struct tq_params * params, const float * y, float * x, int64_t n);
+
+// Attention on tiles (section 6): one block of up to 64 packed rows becomes bytes, which are multiplied with the numbers of
+// many queries. Keys: a tile's lanes are its rows, a query's numbers its 64 rotated coordinates. Values: the lanes are
+// coordinates, a query's numbers its weights of the 64 rows. Part 0 of a block are its levels, rounded to 8 bits (those of
+// a trellis exactly); part 1 of a _qjl block its signs, for the sketched query. Numbers have 15 bits.
+// Only where tq_tile_available(); otherwise there is tq_decode_rotated().
+
+#define TQ_TILE_SIZE (TQ_BLOCK_SIZE*TQ_BLOCK_SIZE)
+
+struct tq_tile_type {
+    enum tq_type type;
+    int     n_parts;
+    uint8_t table[TQ_BLOCK_SIZE];
+    float   unit  [2]; // a byte of a part stands for unit*(byte - offset)
+    int32_t offset[2];
+};
+
+struct tq_tile_numbers { // 64 numbers 128*hi + lo
+    int8_t  hi[TQ_BLOCK_SIZE];
+    int8_t  lo[TQ_BLOCK_SIZE];
+    float   scale;
+    int32_t sum;
+};
+
+bool tq_tile_available(void); // compiled for this machine
+
+struct tq_tile_type tq_tile_type_init(const struct tq_params * params, enum tq_type type);
+
+// the block at first and those of the n_rows - 1 rows that follow at a distance of stride bytes -> dst[n_parts], scales d[64]
+// (0 from n_rows on)
+void tq_tile_unpack(const struct tq_tile_type * tile, bool values, const void * first, size_t stride, int n_rows,
+        uint8_t (* dst)[TQ_TILE_SIZE], float * d);
+
+// x[64]*weights[64] (NULL: ones), max at least the largest magnitude of them, not finite where one is not
+void tq_tile_split(const float * x, const float * weights, float max, struct tq_tile_numbers * dst);
+
+// dst[r*dst_step + lane] += weights[lane] (NULL: 1) * <lane, numbers[r*step]> for n queries r and 64 lanes
+void tq_tile_multiply(const struct tq_tile_type * tile, int part, const uint8_t * bytes, const struct tq_tile_numbers * numbers,
+        size_t step, int n, const float * weights, float * dst, size_t dst_step);
+
+// the coordinate in lane i of a tile of values
+int tq_tile_coordinate(int i);
+
 // Centered keys (section 10): a row holds key - X_p(m), p its position, m the center of its layer and head, X_p RoPE.
 
 #define TQ_CENTER_ROWS 768 // of the table
@@ -150,6 +199,8 @@ void tq_center_add(const struct tq_center * center, const float * m, int32_t pos
 struct tq_center_query { float * w; int32_t page; }; // page: which positions w's second half is made for
 struct tq_center_query tq_center_query_init(const struct tq_center * center, const float * m, const float * q, float * w);
 float tq_center_score(const struct tq_center * center, struct tq_center_query * query, int32_t pos);
+// the factors at pos, w[n_rot]: <q, X_(pos + j)(m)> = query->w[2*n_rot] + sum of w[i]*table[j*n_rot + i] over i < n_rot, for j below 256
+void tq_center_turn(const struct tq_center * center, const struct tq_center_query * query, int32_t pos, float * w);
 
 #ifdef __cplusplus
 }

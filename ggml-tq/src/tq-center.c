@@ -78,21 +78,27 @@ struct tq_center_query tq_center_query_init(const struct tq_center * center, con
     return (struct tq_center_query) { w, -1 };
 }
 
+void tq_center_turn(const struct tq_center * center, const struct tq_center_query * query, int32_t pos, float * w) {
+    const int32_t n_pairs = center->n_rot/2;
+    const float * w0 = query->w;
+    pos = clamp(pos);
+    const float * row = center->table + (int64_t) (pos%PAGE)*center->n_rot;
+    for (int32_t i = 0; i < n_pairs; ++i) {
+        float c = row[i];
+        float s = row[i + n_pairs];
+        turn_pages(center, pos/PAGE, i, &c, &s);
+        w[i]           = w0[i]*c           + w0[i + n_pairs]*s;
+        w[i + n_pairs] = w0[i + n_pairs]*c - w0[i]*s;
+    }
+}
+
 float tq_center_score(const struct tq_center * center, struct tq_center_query * query, int32_t pos) {
-    const int32_t n_rot   = center->n_rot;
-    const int32_t n_pairs = n_rot/2;
-    const float * w  = query->w;
-    float       * wp = query->w + n_rot;
+    const int32_t n_rot = center->n_rot;
+    float * wp = query->w + n_rot;
     pos = clamp(pos);
     if (query->page != pos/PAGE) {
         query->page = pos/PAGE;
-        for (int32_t i = 0; i < n_pairs; ++i) {
-            float c = 1.0f;
-            float s = 0.0f;
-            turn_pages(center, query->page, i, &c, &s);
-            wp[i]           = w[i]*c           + w[i + n_pairs]*s;
-            wp[i + n_pairs] = w[i + n_pairs]*c - w[i]*s;
-        }
+        tq_center_turn(center, query, query->page*PAGE, wp);
     }
     const float * row = center->table + (int64_t) (pos%PAGE)*n_rot;
     float part[16] = { 0.0f }; // a row of partial sums, so that the loop vectorizes
@@ -102,7 +108,7 @@ float tq_center_score(const struct tq_center * center, struct tq_center_query * 
             part[l] += wp[i + l]*row[i + l];
         }
     }
-    float sum = w[2*n_rot];
+    float sum = query->w[2*n_rot];
     for (int l = 0; l < 16; ++l) {
         sum += part[l];
     }

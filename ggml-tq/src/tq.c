@@ -330,6 +330,20 @@ void tq_unrotate(const struct tq_params * params, const float * y, float * x, in
     }
 }
 
+void tq_sketch(const struct tq_params * params, const float * x, float * y, int64_t n) {
+    memmove(y, x, (size_t) n*sizeof(float));
+    for (int64_t i = 0; i < n; i += N) {
+        rht(y + i, params->sketch_signs);
+    }
+}
+
+void tq_unsketch(const struct tq_params * params, const float * y, float * x, int64_t n) {
+    memmove(x, y, (size_t) n*sizeof(float));
+    for (int64_t i = 0; i < n; i += N) {
+        rht_inverse(x + i, params->sketch_signs);
+    }
+}
+
 //
 // codes
 //
@@ -503,12 +517,12 @@ static float block_scale(const uint8_t * block) {
 // section 5
 //
 
-void tq_decode(const struct tq_params * params, enum tq_type type, const void * src, float * x, int64_t n) {
+void tq_decode_rotated(const struct tq_params * params, enum tq_type type, const void * src, float * y, int64_t n) {
     const struct tq_type_info * info = &type_info[type];
     const uint8_t * block = src;
     for (int64_t i = 0; i < n; i += N, block += info->block_size) {
         const uint8_t * planes = block + sizeof(uint16_t);
-        float * v = x + i;
+        float * v = y + i;
         uint8_t codes[N];
         look_up(unpack_codes(params, type, planes, codes), codes, v);
         if (info->kind == TQ_KIND_QJL) {
@@ -516,7 +530,13 @@ void tq_decode(const struct tq_params * params, enum tq_type type, const void * 
             add_sketch(params, params->quantizers[type].kappa, codes, v);
         }
         scale(v, block_scale(block));
-        rht_inverse(v, params->rotation_signs);
+    }
+}
+
+void tq_decode(const struct tq_params * params, enum tq_type type, const void * src, float * x, int64_t n) {
+    tq_decode_rotated(params, type, src, x, n);
+    for (int64_t i = 0; i < n; i += N) {
+        rht_inverse(x + i, params->rotation_signs);
     }
 }
 

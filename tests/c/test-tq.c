@@ -179,6 +179,106 @@ static void test_dot(void) {
 }
 
 // rows scaled by powers of two must have the same codes and exactly scaled blocks: no path depends on magnitude
+// tiles of integers against the decoder: one query against 64 keys, and weighted sums of up to 64 values
+static void test_tiles(void) {
+    if (!tq_tile_available()) {
+        return;
+    }
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const enum tq_type type = (enum tq_type) t;
+        const char * name   = tq_get_type_info(type)->name;
+        const size_t stride = tq_row_size(type, 128);
+        const int    n_rows = 1 + (int) (rng_u64()%64);
+        const size_t first  = tq_row_size(type, 64); // the second block of rows of two
+        uint8_t packed[64*2*34];
+        float   rows[64][64];
+        for (int r = 0; r < n_rows; ++r) {
+            float x[128];
+            rng_normal(x, 128, 3.0f);
+            tq_encode(params, type, x, packed + r*stride, 128);
+            tq_decode_rotated(params, type, packed + r*stride + first, rows[r], 64);
+            float y[64];
+            tq_decode(params, type, packed + r*stride + first, x, 64);
+            tq_rotate(params, x, y, 64);
+            for (int i = 0; i < 64; ++i) {
+                CHECK(fabsf(y[i] - rows[r][i]) < 1e-4f, "%s: decoded without turning", name);
+            }
+        }
+        const struct tq_tile_type tile = tq_tile_type_init(params, type);
+        static uint8_t bytes[2][TQ_TILE_SIZE];
+        float d[64];
+        float q[3][64]; // numbers; the third is zeros
+        float sketched[64];
+        float max[3] = { 0.0f };
+        struct tq_tile_numbers numbers[2][3]; // of parts
+        rng_normal(q[0], 64, 1.0f);
+        for (int i = 0; i < 64; ++i) {
+            q[1][i] = i < n_rows ? (float) rng_uniform() : 0.0f;
+            q[2][i] = 0.0f;
+        }
+
+        tq_tile_unpack(&tile, false, packed + first, stride, n_rows, bytes, d);
+        for (int k = 0; k < 3; ++k) {
+            tq_sketch(params, q[k], sketched, 64);
+            float max_sketched = 0.0f;
+            for (int i = 0; i < 64; ++i) {
+                max[k]       = fmaxf(max[k],       fabsf(q[k][i]));
+                max_sketched = fmaxf(max_sketched, fabsf(sketched[i]));
+            }
+            tq_tile_split(q[k],     NULL, max[k],       &numbers[0][k]);
+            tq_tile_split(sketched, NULL, max_sketched, &numbers[1][k]);
+        }
+        float scores[3][64] = { { 1.0f } }; // is added to
+        for (int part = 0; part < tile.n_parts; ++part) {
+            tq_tile_multiply(&tile, part, bytes[part], numbers[part], 1, 3, d, scores[0], 64);
+        }
+        double err = 0.0, power = 0.0;
+        for (int k = 0; k < 3; ++k) {
+            for (int r = 0; r < 64; ++r) {
+                const double want = (k == 0 && r == 0 ? 1.0 : 0.0) + (r < n_rows ? dot(q[k], rows[r], 64) : 0.0);
+                err   += (scores[k][r] - want)*(scores[k][r] - want);
+                power += r < n_rows ? dot(q[k], q[k], 64)*dot(rows[r], rows[r], 64)/64 : 0.0; // of scores by chance
+            }
+        }
+        // levels are rounded to 8 bits, those of a trellis exactly
+        const double max_error = tq_get_type_info(type)->kind == TQ_KIND_TCQ ? 1e-8 : 4e-5;
+        CHECK(err/power < max_error, "%s: scores: %g", name, err/power);
+
+        tq_tile_unpack(&tile, true, packed + first, stride, n_rows, bytes, d);
+        float max_weighted = 0.0f;
+        for (int r = 0; r < 64; ++r) {
+            CHECK(r < n_rows || d[r] == 0.0f, "%s: rows that are not there have no scale", name);
+            max_weighted = fmaxf(max_weighted, fabsf(q[1][r]*d[r]));
+        }
+        tq_tile_split(q[1], d, max_weighted, &numbers[0][1]);
+        float sums[2][64] = { { 0.0f } };
+        for (int part = 0; part < tile.n_parts; ++part) {
+            tq_tile_multiply(&tile, part, bytes[part], &numbers[0][1], 1, 1, NULL, sums[part], 64);
+        }
+        float sum[2][64] = { { 0.0f } };
+        for (int i = 0; i < 64; ++i) {
+            sum[0][tq_tile_coordinate(i)] = sums[0][i];
+            sum[1][tq_tile_coordinate(i)] = sums[1][i];
+        }
+        tq_unsketch(params, sum[1], sum[1], 64);
+        err = power = 0.0;
+        for (int i = 0; i < 64; ++i) {
+            double want = 0.0;
+            for (int r = 0; r < n_rows; ++r) {
+                want += (double) q[1][r]*rows[r][i];
+            }
+            const double got = (double) sum[0][i] + sum[1][i];
+            err   += (got - want)*(got - want);
+            power += want*want;
+        }
+        CHECK(err/power < max_error, "%s: sums: %g", name, err/power);
+    }
+    struct tq_tile_numbers numbers;
+    float x[64] = { 1.0f };
+    tq_tile_split(x, NULL, NAN, &numbers);
+    CHECK(isnan(numbers.scale), "numbers that are not finite");
+}
+
 static void test_scaling(void) {
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
         const enum tq_type type = (enum tq_type) t;
@@ -407,6 +507,14 @@ static void test_center(void) {
                 s += q[i]*want[i];
             }
             CHECK(fabs(tq_center_score(&center, &query, pos) - s) < 1e-4*head_dim, "position %d: score", pos);
+            const int32_t back = pos < 37 ? 0 : 37; // the same from an earlier position
+            float turned[MAX_ROW];
+            tq_center_turn(&center, &query, pos - back, turned);
+            double s1 = query.w[2*n_rot];
+            for (int i = 0; i < n_rot; ++i) {
+                s1 += (double) turned[i]*table[back*n_rot + i];
+            }
+            CHECK(fabs(s1 - s) < 1e-4*head_dim, "position %d: score from an earlier one", pos);
             tq_center_add(&center, m, pos, -1.0f, x);
             for (int i = 0; i < head_dim; ++i) {
                 CHECK(x[i] == 0.0f, "what is added can be taken away");
@@ -436,6 +544,7 @@ int main(int argc, char ** argv) {
         test_rotation();
         test_distortion();
         test_dot();
+        test_tiles();
         test_scaling();
         test_special_rows();
         test_batches();

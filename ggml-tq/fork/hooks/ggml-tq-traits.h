@@ -88,6 +88,12 @@ void ggml_tq_query_from_float(const float * x, void * y, int64_t n);
         .from_float   = ggml_tq_query_from_float, \
     },
 
+// a FLASH_ATTN_EXT that the CPU backend leaves to ggml-tq-attention.h; and the bytes of work buffer that it needs there
+static inline bool ggml_tq_attends(const struct ggml_tensor * op) {
+    return ggml_tq_is_type(op->src[1]->type) || ggml_tq_is_type(op->src[2]->type);
+}
+size_t ggml_tq_flash_attn_work_size(const struct ggml_tensor * op, int n_threads); // 0 for other ops
+
 // ggml_quantize_chunk: n floats to dst; returns bytes written
 size_t ggml_tq_quantize(enum ggml_type type, const float * src, void * dst, int64_t n);
 
