@@ -138,47 +138,45 @@ void tq_unsketch(const struct tq_params * params, const float * y, float * x, in
 // many queries. Keys: a tile's lanes are its rows, a query's numbers its 64 rotated coordinates. Values: the lanes are
 // coordinates, a query's numbers its weights of the 64 rows. Part 0 of a block are its levels, rounded to 8 bits (those of
 // a trellis exactly); part 1 of a _qjl block its signs, for the sketched query. Numbers have 15 bits.
-// Only where tq_tile_available(); otherwise there is tq_decode_rotated().
+// Sums of products are exact integers: they depend neither on what else is multiplied nor on the machine.
 
 #define TQ_TILE_SIZE (TQ_BLOCK_SIZE*TQ_BLOCK_SIZE)
 
 struct tq_tile_type {
     enum tq_type type;
-    int     n_parts;
-    uint8_t table[TQ_BLOCK_SIZE];
-    float   unit  [2]; // a byte of a part stands for unit*(byte - offset)
-    int32_t offset[2];
+    int    n_parts;
+    int8_t table[TQ_BLOCK_SIZE];
+    float  unit[2]; // a byte of a part stands for unit*byte
 };
 
-struct tq_tile_numbers { // 64 numbers 128*hi + lo
-    int8_t  hi[TQ_BLOCK_SIZE];
-    int8_t  lo[TQ_BLOCK_SIZE];
-    float   scale;
+struct tq_tile_numbers { // 64 integers of magnitude up to 127*128, in the machine's order
+    uint8_t digits[2*TQ_BLOCK_SIZE];
     int32_t sum;
 };
 
-bool tq_tile_available(void); // compiled for this machine
-
 struct tq_tile_type tq_tile_type_init(const struct tq_params * params, enum tq_type type);
 
-// the block at first and those of the n_rows - 1 rows that follow at a distance of stride bytes -> dst[n_parts], scales d[64]
-// (0 from n_rows on)
+// the block at first and those of the n_rows - 1 rows that follow at a distance of stride bytes -> dst[n_parts]
 void tq_tile_unpack(const struct tq_tile_type * tile, bool values, const void * first, size_t stride, int n_rows,
-        uint8_t (* dst)[TQ_TILE_SIZE], float * d);
+        int8_t (* dst)[TQ_TILE_SIZE]);
 
-// x[64]*weights[64] (NULL: ones), max at least the largest magnitude of them, not finite where one is not
-void tq_tile_split(const float * x, const float * weights, float max, struct tq_tile_numbers * dst);
+// their scales d[64], 0 from n_rows on
+void tq_tile_scales(const void * first, size_t stride, int n_rows, float * d);
 
-// dst[r*dst_step + lane] += weights[lane] (NULL: 1) * <lane, numbers[r*step]> for n queries r and 64 lanes
-void tq_tile_multiply(const struct tq_tile_type * tile, int part, const uint8_t * bytes, const struct tq_tile_numbers * numbers,
-        size_t step, int n, const float * weights, float * dst, size_t dst_step);
+// x[64]*weights[64] (NULL: ones) in units of tq_tile_number_scale(max); max is at least the largest magnitude of them. All 0 if
+// max is not finite.
+void  tq_tile_split(const float * x, const float * weights, float max, struct tq_tile_numbers * dst);
+float tq_tile_number_scale(float max);
+
+// sums[r*step + lane] += <lane, numbers[r]> for n queries r and 64 lanes
+void tq_tile_multiply(const int8_t * bytes, const struct tq_tile_numbers * numbers, int n, int32_t * sums, size_t step);
 
 // the coordinate in lane i of a tile of values
 int tq_tile_coordinate(int i);
 
 // Centered keys (section 10): a row holds key - X_p(m), p its position, m the center of its layer and head, X_p RoPE.
 
-#define TQ_CENTER_ROWS 768 // of the table
+#define TQ_CENTER_ROWS 1024 // of the table: 3 parts of 256, then the first part transposed, [n_rot][256]
 
 struct tq_center {
     int32_t       head_dim;
@@ -194,13 +192,24 @@ void tq_center_make_table(const double * freqs, int32_t n_rot, float * table);
 void tq_center_add(const struct tq_center * center, const float * m, int32_t pos, float sign, float * x);
 
 // <q, X_p(m)> for many positions p: q[head_dim] and m become w[TQ_CENTER_QUERY_SIZE(n_rot)] once, then
-// a position takes one product of n_rot terms; what a page of 256 positions shares is made when the page changes
+// a position takes one product of n_rot terms; what a page of 256 positions shares is made when the page changes.
+// A score depends on q, m and p alone, to the bit.
 #define TQ_CENTER_QUERY_SIZE(n_rot) (2*(n_rot) + 1)
 struct tq_center_query { float * w; int32_t page; }; // page: which positions w's second half is made for
 struct tq_center_query tq_center_query_init(const struct tq_center * center, const float * m, const float * q, float * w);
-float tq_center_score(const struct tq_center * center, struct tq_center_query * query, int32_t pos);
-// the factors at pos, w[n_rot]: <q, X_(pos + j)(m)> = query->w[2*n_rot] + sum of w[i]*table[j*n_rot + i] over i < n_rot, for j below 256
-void tq_center_turn(const struct tq_center * center, const struct tq_center_query * query, int32_t pos, float * w);
+
+// 64 cells by the pages of their positions
+struct tq_center_cells {
+    int n_runs;
+    struct tq_center_run { int32_t page; int first, n; bool in_order; } runs[TQ_BLOCK_SIZE]; // in_order: positions ascend by 1
+    uint8_t cell[TQ_BLOCK_SIZE]; // of the runs, one after the other
+    uint8_t at  [TQ_BLOCK_SIZE]; // its position within the page
+};
+// pos[64], of which only those of used[64] are read
+void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, const bool * used);
+
+// scores[cell] += <q, X_p(m)> of every cell that is used
+void tq_center_scores(const struct tq_center * center, struct tq_center_query * query, const struct tq_center_cells * cells, float * scores);
 
 #ifdef __cplusplus
 }

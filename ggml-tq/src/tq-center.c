@@ -8,11 +8,16 @@
 
 void tq_center_make_table(const double * freqs, int32_t n_rot, float * table) {
     const int32_t n_pairs = n_rot/2;
-    for (int64_t row = 0; row < TQ_CENTER_ROWS; ++row) {
+    for (int64_t row = 0; row < 3*PAGE; ++row) {
         const double pos = (double) ((row%PAGE) << 8*(row/PAGE));
         for (int32_t i = 0; i < n_pairs; ++i) {
             table[row*n_rot + i]           = (float) cos(pos*freqs[i]);
             table[row*n_rot + i + n_pairs] = (float) sin(pos*freqs[i]);
+        }
+    }
+    for (int64_t i = 0; i < n_rot; ++i) {
+        for (int64_t row = 0; row < PAGE; ++row) {
+            table[3*PAGE*n_rot + i*PAGE + row] = table[row*n_rot + i];
         }
     }
 }
@@ -78,42 +83,94 @@ struct tq_center_query tq_center_query_init(const struct tq_center * center, con
     return (struct tq_center_query) { w, -1 };
 }
 
-void tq_center_turn(const struct tq_center * center, const struct tq_center_query * query, int32_t pos, float * w) {
+// w's second half at the start of a page
+static void turn_query(const struct tq_center * center, struct tq_center_query * query, int32_t page) {
     const int32_t n_pairs = center->n_rot/2;
-    const float * w0 = query->w;
-    pos = clamp(pos);
-    const float * row = center->table + (int64_t) (pos%PAGE)*center->n_rot;
+    const float * w  = query->w;
+    float *       wp = query->w + center->n_rot;
+    query->page = page;
     for (int32_t i = 0; i < n_pairs; ++i) {
-        float c = row[i];
-        float s = row[i + n_pairs];
-        turn_pages(center, pos/PAGE, i, &c, &s);
-        w[i]           = w0[i]*c           + w0[i + n_pairs]*s;
-        w[i + n_pairs] = w0[i + n_pairs]*c - w0[i]*s;
+        float c = 1.0f;
+        float s = 0.0f;
+        turn_pages(center, page, i, &c, &s);
+        wp[i]           = w[i]*c           + w[i + n_pairs]*s;
+        wp[i + n_pairs] = w[i + n_pairs]*c - w[i]*s;
     }
 }
 
-float tq_center_score(const struct tq_center * center, struct tq_center_query * query, int32_t pos) {
-    const int32_t n_rot = center->n_rot;
-    float * wp = query->w + n_rot;
-    pos = clamp(pos);
-    if (query->page != pos/PAGE) {
-        query->page = pos/PAGE;
-        tq_center_turn(center, query, query->page*PAGE, wp);
+void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, const bool * used) {
+    bool done[N];
+    int n = 0;
+    for (int j = 0; j < N; ++j) {
+        done[j] = !used[j];
     }
-    const float * row = center->table + (int64_t) (pos%PAGE)*n_rot;
-    float part[16] = { 0.0f }; // a row of partial sums, so that the loop vectorizes
-    int32_t i = 0;
-    for (; i + 16 <= n_rot; i += 16) {
-        for (int l = 0; l < 16; ++l) {
-            part[l] += wp[i + l]*row[i + l];
+    cells->n_runs = 0;
+    for (int first = 0; first < N; ++first) {
+        if (done[first]) {
+            continue;
+        }
+        struct tq_center_run run = { clamp(pos[first])/PAGE, n, 0, true };
+        for (int j = first; j < N; ++j) {
+            if (done[j] || clamp(pos[j])/PAGE != run.page) {
+                continue;
+            }
+            done[j] = true;
+            cells->cell[n] = (uint8_t) j;
+            cells->at  [n] = (uint8_t) (clamp(pos[j])%PAGE);
+            run.in_order = run.in_order && (run.n == 0 || cells->at[n] == cells->at[n - 1] + 1);
+            run.n++;
+            n++;
+        }
+        cells->runs[cells->n_runs++] = run;
+    }
+}
+
+// The same operations in the same order whether fused or not, and however many cells there are.
+#ifdef FP_FAST_FMAF
+#define MUL_ADD(a, b, c) fmaf(a, b, c)
+#else
+#define MUL_ADD(a, b, c) ((a)*(b) + (c))
+#endif
+
+void tq_center_scores(const struct tq_center * center, struct tq_center_query * query, const struct tq_center_cells * cells, float * scores) {
+    const int32_t n_rot  = center->n_rot;
+    const float * angles = center->table + (int64_t) 3*PAGE*n_rot;
+    const float * w      = query->w + n_rot;
+    for (int i = 0; i < cells->n_runs; ++i) {
+        const struct tq_center_run * run = &cells->runs[i];
+        const uint8_t * cell = cells->cell + run->first;
+        const uint8_t * at   = cells->at   + run->first;
+        float sum[N];
+        for (int j = 0; j < N; ++j) {
+            sum[j] = query->w[2*n_rot];
+        }
+        if (n_rot > 0 && query->page != run->page) {
+            turn_query(center, query, run->page);
+        }
+        if (run->in_order && run->n == N) {
+            for (int32_t k = 0; k < n_rot; ++k) {
+                const float * a = angles + (int64_t) k*PAGE + at[0];
+                for (int j = 0; j < N; ++j) {
+                    sum[j] = MUL_ADD(w[k], a[j], sum[j]);
+                }
+            }
+        } else if (run->in_order) {
+            for (int32_t k = 0; k < n_rot; ++k) {
+                const float * a = angles + (int64_t) k*PAGE + at[0];
+                for (int j = 0; j < run->n; ++j) {
+                    sum[j] = MUL_ADD(w[k], a[j], sum[j]);
+                }
+            }
+        } else {
+            for (int32_t k = 0; k < n_rot; ++k) {
+                const float * a = angles + (int64_t) k*PAGE;
+                for (int j = 0; j < run->n; ++j) {
+                    sum[j] = MUL_ADD(w[k], a[at[j]], sum[j]);
+                }
+            }
+        }
+        for (int j = 0; j < run->n; ++j) {
+            scores[cell[j]] += sum[j];
         }
     }
-    float sum = query->w[2*n_rot];
-    for (int l = 0; l < 16; ++l) {
-        sum += part[l];
-    }
-    for (; i < n_rot; ++i) {
-        sum += wp[i]*row[i];
-    }
-    return sum;
 }

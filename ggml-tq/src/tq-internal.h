@@ -9,6 +9,7 @@
 // sum(a*b) of one block in the order of section 3
 float tq_block_dot(const float * a, const float * b);
 
+float    tq_half_to_float(uint16_t h);
 uint64_t tq_load_u64 (const uint8_t * p);
 void     tq_store_u64(uint8_t * p, uint64_t w);
 

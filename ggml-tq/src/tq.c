@@ -194,7 +194,7 @@ static uint16_t fp32_to_fp16(float f) { // f >= 0 and finite: to nearest even, s
     return (uint16_t) (e < -14 ? r : ((uint32_t) (e + 14) << 10) + r);
 }
 
-static float fp16_to_fp32(uint16_t h) {
+float tq_half_to_float(uint16_t h) {
     const uint32_t sign = (uint32_t) (h & 0x8000) << 16;
     const uint32_t e    = (h >> 10) & 0x1f;
     const uint32_t m    = h & 0x3ff;
@@ -510,7 +510,7 @@ void tq_encode(const struct tq_params * params, enum tq_type type, const float *
 }
 
 static float block_scale(const uint8_t * block) {
-    return fp16_to_fp32((uint16_t) (block[0] | block[1] << 8));
+    return tq_half_to_float((uint16_t) (block[0] | block[1] << 8));
 }
 
 //

@@ -195,9 +195,9 @@ def unrotate(y: ArrayLike, params: Params = DEFAULT, out: Array | None = None) -
 def center_table(freqs: ArrayLike) -> Array:
     """``ggml_tq.center.make_table``."""
     f = np.ascontiguousarray(freqs, dtype=np.float64)
-    table = np.empty((PAGE * PARTS, 2 * f.size), np.float32)
+    table = np.empty((PAGE * (PARTS + 1), 2 * f.size), np.float32)  # the last part is the first transposed
     library().tq_center_make_table(f.ctypes.data, 2 * f.size, table.ctypes.data)
-    return table
+    return table[: PAGE * PARTS]
 
 
 def center_add(turn: Turn, m: ArrayLike, positions: ArrayLike, sign: int, x: Array) -> None:

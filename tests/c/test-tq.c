@@ -178,12 +178,8 @@ static void test_dot(void) {
     }
 }
 
-// rows scaled by powers of two must have the same codes and exactly scaled blocks: no path depends on magnitude
-// tiles of integers against the decoder: one query against 64 keys, and weighted sums of up to 64 values
+// tiles of integers against the decoder: queries against 64 keys, and weighted sums of up to 64 values
 static void test_tiles(void) {
-    if (!tq_tile_available()) {
-        return;
-    }
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
         const enum tq_type type = (enum tq_type) t;
         const char * name   = tq_get_type_info(type)->name;
@@ -204,38 +200,49 @@ static void test_tiles(void) {
                 CHECK(fabsf(y[i] - rows[r][i]) < 1e-4f, "%s: decoded without turning", name);
             }
         }
+        enum { N_QUERIES = 7 }; // the last is zeros
         const struct tq_tile_type tile = tq_tile_type_init(params, type);
-        static uint8_t bytes[2][TQ_TILE_SIZE];
+        static int8_t bytes[2][TQ_TILE_SIZE];
         float d[64];
-        float q[3][64]; // numbers; the third is zeros
-        float sketched[64];
-        float max[3] = { 0.0f };
-        struct tq_tile_numbers numbers[2][3]; // of parts
-        rng_normal(q[0], 64, 1.0f);
-        for (int i = 0; i < 64; ++i) {
-            q[1][i] = i < n_rows ? (float) rng_uniform() : 0.0f;
-            q[2][i] = 0.0f;
-        }
-
-        tq_tile_unpack(&tile, false, packed + first, stride, n_rows, bytes, d);
-        for (int k = 0; k < 3; ++k) {
-            tq_sketch(params, q[k], sketched, 64);
-            float max_sketched = 0.0f;
+        float q       [N_QUERIES][64];
+        float sketched[N_QUERIES][64];
+        float max[2][N_QUERIES] = { { 0.0f } };
+        struct tq_tile_numbers numbers[2][N_QUERIES]; // of parts
+        rng_normal(q[0], N_QUERIES*64, 1.0f);
+        memset(q[N_QUERIES - 1], 0, sizeof(q[0]));
+        for (int k = 0; k < N_QUERIES; ++k) {
+            tq_sketch(params, q[k], sketched[k], 64);
             for (int i = 0; i < 64; ++i) {
-                max[k]       = fmaxf(max[k],       fabsf(q[k][i]));
-                max_sketched = fmaxf(max_sketched, fabsf(sketched[i]));
+                max[0][k] = fmaxf(max[0][k], fabsf(q[k][i]));
+                max[1][k] = fmaxf(max[1][k], fabsf(sketched[k][i]));
             }
-            tq_tile_split(q[k],     NULL, max[k],       &numbers[0][k]);
-            tq_tile_split(sketched, NULL, max_sketched, &numbers[1][k]);
+            tq_tile_split(q[k],        NULL, max[0][k], &numbers[0][k]);
+            tq_tile_split(sketched[k], NULL, max[1][k], &numbers[1][k]);
         }
-        float scores[3][64] = { { 1.0f } }; // is added to
+        tq_tile_unpack(&tile, false, packed + first, stride, n_rows, bytes);
+        tq_tile_scales(packed + first, stride, n_rows, d);
+        float scores[N_QUERIES][64] = { { 0.0f } };
         for (int part = 0; part < tile.n_parts; ++part) {
-            tq_tile_multiply(&tile, part, bytes[part], numbers[part], 1, 3, d, scores[0], 64);
+            int32_t sums[N_QUERIES][64];
+            for (int k = 0; k < N_QUERIES; ++k) {
+                for (int r = 0; r < 64; ++r) {
+                    sums[k][r] = 100*k + r; // is added to
+                }
+            }
+            tq_tile_multiply(bytes[part], numbers[part], N_QUERIES, sums[0], 64);
+            for (int k = 0; k < N_QUERIES; ++k) {
+                int32_t one[64] = { 0 };
+                tq_tile_multiply(bytes[part], &numbers[part][k], 1, one, 64);
+                for (int r = 0; r < 64; ++r) {
+                    CHECK(sums[k][r] == one[r] + 100*k + r, "%s: sums depend on the number of queries", name);
+                    scores[k][r] += tq_tile_number_scale(max[part][k])*tile.unit[part]*d[r]*(float) one[r];
+                }
+            }
         }
         double err = 0.0, power = 0.0;
-        for (int k = 0; k < 3; ++k) {
+        for (int k = 0; k < N_QUERIES; ++k) {
             for (int r = 0; r < 64; ++r) {
-                const double want = (k == 0 && r == 0 ? 1.0 : 0.0) + (r < n_rows ? dot(q[k], rows[r], 64) : 0.0);
+                const double want = r < n_rows ? dot(q[k], rows[r], 64) : 0.0;
                 err   += (scores[k][r] - want)*(scores[k][r] - want);
                 power += r < n_rows ? dot(q[k], q[k], 64)*dot(rows[r], rows[r], 64)/64 : 0.0; // of scores by chance
             }
@@ -244,28 +251,29 @@ static void test_tiles(void) {
         const double max_error = tq_get_type_info(type)->kind == TQ_KIND_TCQ ? 1e-8 : 4e-5;
         CHECK(err/power < max_error, "%s: scores: %g", name, err/power);
 
-        tq_tile_unpack(&tile, true, packed + first, stride, n_rows, bytes, d);
+        float weights[64];
         float max_weighted = 0.0f;
         for (int r = 0; r < 64; ++r) {
+            weights[r] = r < n_rows ? (float) rng_uniform() : 0.0f;
             CHECK(r < n_rows || d[r] == 0.0f, "%s: rows that are not there have no scale", name);
-            max_weighted = fmaxf(max_weighted, fabsf(q[1][r]*d[r]));
+            max_weighted = fmaxf(max_weighted, fabsf(weights[r]*d[r]));
         }
-        tq_tile_split(q[1], d, max_weighted, &numbers[0][1]);
-        float sums[2][64] = { { 0.0f } };
-        for (int part = 0; part < tile.n_parts; ++part) {
-            tq_tile_multiply(&tile, part, bytes[part], &numbers[0][1], 1, 1, NULL, sums[part], 64);
-        }
+        tq_tile_unpack(&tile, true, packed + first, stride, n_rows, bytes);
+        tq_tile_split(weights, d, max_weighted, &numbers[0][0]);
         float sum[2][64] = { { 0.0f } };
-        for (int i = 0; i < 64; ++i) {
-            sum[0][tq_tile_coordinate(i)] = sums[0][i];
-            sum[1][tq_tile_coordinate(i)] = sums[1][i];
+        for (int part = 0; part < tile.n_parts; ++part) {
+            int32_t sums[64] = { 0 };
+            tq_tile_multiply(bytes[part], &numbers[0][0], 1, sums, 64);
+            for (int i = 0; i < 64; ++i) {
+                sum[part][tq_tile_coordinate(i)] = tq_tile_number_scale(max_weighted)*tile.unit[part]*(float) sums[i];
+            }
         }
         tq_unsketch(params, sum[1], sum[1], 64);
         err = power = 0.0;
         for (int i = 0; i < 64; ++i) {
             double want = 0.0;
             for (int r = 0; r < n_rows; ++r) {
-                want += (double) q[1][r]*rows[r][i];
+                want += (double) weights[r]*rows[r][i];
             }
             const double got = (double) sum[0][i] + sum[1][i];
             err   += (got - want)*(got - want);
@@ -274,11 +282,20 @@ static void test_tiles(void) {
         CHECK(err/power < max_error, "%s: sums: %g", name, err/power);
     }
     struct tq_tile_numbers numbers;
-    float x[64] = { 1.0f };
-    tq_tile_split(x, NULL, NAN, &numbers);
-    CHECK(isnan(numbers.scale), "numbers that are not finite");
+    float   x[64] = { 1.0f };
+    int32_t sums[64] = { 0 };
+    static int8_t bytes[TQ_TILE_SIZE];
+    memset(bytes, 0x55, sizeof(bytes));
+    const float not_finite[] = { NAN, INFINITY, 0.0f };
+    for (int i = 0; i < 3; ++i) {
+        tq_tile_split(x, NULL, not_finite[i], &numbers);
+        tq_tile_multiply(bytes, &numbers, 1, sums, 64);
+        CHECK(sums[0] == 0 && sums[63] == 0, "numbers without a scale are 0");
+    }
+    CHECK(isnan(tq_tile_number_scale(NAN)), "and their scale is not a number");
 }
 
+// rows scaled by powers of two must have the same codes and exactly scaled blocks: no path depends on magnitude
 static void test_scaling(void) {
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
         const enum tq_type type = (enum tq_type) t;
@@ -506,15 +523,29 @@ static void test_center(void) {
                 CHECK(fabs(x[i] - want[i]) < 1e-5, "position %d, coordinate %d of %d: %g, want %g", pos, i, head_dim, x[i], want[i]);
                 s += q[i]*want[i];
             }
-            CHECK(fabs(tq_center_score(&center, &query, pos) - s) < 1e-4*head_dim, "position %d: score", pos);
-            const int32_t back = pos < 37 ? 0 : 37; // the same from an earlier position
-            float turned[MAX_ROW];
-            tq_center_turn(&center, &query, pos - back, turned);
-            double s1 = query.w[2*n_rot];
-            for (int i = 0; i < n_rot; ++i) {
-                s1 += (double) turned[i]*table[back*n_rot + i];
+            float first = 0.0f;
+            for (int variant = 0; variant < 4; ++variant) { // beside cells in order, half of them, any, none
+                const int j0 = variant == 3 ? 5 : (int) (rng_u64()%64);
+                int32_t others[64];
+                bool    used  [64];
+                float   scores[64] = { 0.0f };
+                for (int j = 0; j < 64; ++j) {
+                    others[j] = variant < 2 ? pos + j - j0 : (int32_t) (rng_u64()%(1 << 20));
+                    used  [j] = variant == 0 || (variant < 3 && rng_u64()%2 == 0);
+                    used  [j] = used[j] && others[j] >= 0;
+                }
+                others[j0] = pos;
+                used  [j0] = true;
+                struct tq_center_cells cells;
+                tq_center_cells_init(&cells, others, used);
+                tq_center_scores(&center, &query, &cells, scores);
+                CHECK(fabs(scores[j0] - s) < 1e-4*head_dim, "position %d: score", pos);
+                first = variant == 0 ? scores[j0] : first;
+                CHECK(scores[j0] == first, "position %d: the score depends on other cells", pos);
+                for (int j = 0; j < 64; ++j) {
+                    CHECK(used[j] || scores[j] == 0.0f, "cells that are not used");
+                }
             }
-            CHECK(fabs(s1 - s) < 1e-4*head_dim, "position %d: score from an earlier one", pos);
             tq_center_add(&center, m, pos, -1.0f, x);
             for (int i = 0; i < head_dim; ++i) {
                 CHECK(x[i] == 0.0f, "what is added can be taken away");

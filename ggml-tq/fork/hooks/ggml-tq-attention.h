@@ -3,13 +3,15 @@
 // FLASH_ATTN_EXT on the CPU where keys or values are of the cache types. C++, for ggml-cpu/ops.cpp alone, whose vector
 // functions it uses.
 //
-// A unit of work is a stream, the query heads that share a key and a value head, up to ROWS of their queries ("rows"), and a
-// range of cells. It goes through the range in tiles of CELLS: each tile is unpacked once for all rows, in the rotated basis,
-// and the sums of values are turned back once at the end. Ranges of one row are combined after a barrier. Units do not
-// depend on the number of threads, so neither do results.
+// The query heads that share a key and a value head, and up to ROWS of their queries ("rows"), go through the cells in
+// ranges of RANGE, and through a range in tiles of CELLS. Each tile is unpacked once for all rows, in the rotated basis. A
+// range has its own maximum, weights and sums of values; ranges are folded in order, and the sums turned back at the end.
 //
-// Where the library has tiles of integers, our side of a product uses them; otherwise, and for the other side's types, rows
-// become floats and upstream's simd_gemm multiplies.
+// A row's result depends on its query and the cells that it sees, to the bit: not on the other rows of the batch, on the number of
+// threads, on how far the cache is read, nor, within a range, on where its cells are. The codes of the next layer depend on the last bit,
+// so that texts would differ between a server's slots otherwise. Hence scores and sums of values are products of integers
+// (tq_tile_multiply), exact in any order; queries are rounded by themselves, weights by the range's largest; and floats, for
+// the other side's types and for use_ref, are summed up in the order of cells and coordinates, always by simd_gemm.
 
 #include "ggml-tq-ops.h"
 #include "ggml-cpu-impl.h"
@@ -21,11 +23,10 @@
 
 namespace ggml_tq_attention {
 
-constexpr int64_t ROWS      = 64;
-constexpr int64_t CELLS     = TQ_BLOCK_SIZE;
-constexpr int64_t MIN_RANGE = 256; // cells
-constexpr int64_t MAX_UNITS = 128; // that ranges of cells are made for
-constexpr int64_t FEW_ROWS  = 8;   // transposing a tile of floats pays above
+constexpr int64_t ROWS         = 64;
+constexpr int64_t CELLS        = TQ_BLOCK_SIZE;
+constexpr int64_t RANGE        = 512;             // cells; 512 weights of 15 bits and levels of 8 fit a sum of 32
+constexpr int64_t MAX_PARTIALS = 8 << 20;         // floats, of ranges that threads share
 
 // with the parameters of this process; made once a thread
 static inline const tq_tile_type & tile_type(tq_type type) {
@@ -42,13 +43,13 @@ struct side {
     const ggml_tensor * t;
     int64_t      n;     // head dim
     bool         ours;
-    bool         tiles;
+    bool         tiles; // of integers
     tq_tile_type type;
     int64_t      n_parts;
     size_t       block_size = 0;
 
     side(const ggml_tensor * t, bool use_ref) :
-        t(t), n(t->ne[0]), ours(ggml_tq_is_type(t->type)), tiles(ours && tq_tile_available() && !use_ref), type(), n_parts(1) {
+        t(t), n(t->ne[0]), ours(ggml_tq_is_type(t->type)), tiles(ours && !use_ref), type(), n_parts(1) {
         if (tiles) {
             type       = tile_type(ggml_tq_type_of(t->type));
             n_parts    = type.n_parts;
@@ -98,7 +99,7 @@ struct op {
 
     int64_t n_head, n_token, n_stream, n_kv;
     int64_t group;  // heads
-    int64_t n_group, n_row, n_row_tile, n_range, range, n_unit;
+    int64_t n_group, n_row, n_row_tile, n_base, n_range;
     int64_t n_out;  // floats of a row's sums of values
     float   scale, max_bias, softcap;
 
@@ -110,11 +111,8 @@ struct op {
         n_group    = n_head/group;
         n_row      = n_token*group;
         n_row_tile = div_up(n_row, ROWS);
-        const int64_t n_base = n_stream*n_group*n_row_tile;
-        n_range    = std::max<int64_t>(1, std::min(MAX_UNITS/n_base, div_up(n_kv, MIN_RANGE)));
-        range      = div_up(div_up(n_kv, n_range), CELLS)*CELLS;
-        n_range    = div_up(n_kv, range);
-        n_unit     = n_base*n_range;
+        n_base     = n_stream*n_row_tile*n_group;
+        n_range    = div_up(n_kv, RANGE);
         n_out      = v.n*v.n_parts;
         memcpy(&scale,    (const float *) dst->op_params + 0, sizeof(float));
         memcpy(&max_bias, (const float *) dst->op_params + 1, sizeof(float));
@@ -132,7 +130,13 @@ struct op {
         GGML_ASSERT(!center.pos || center.center.head_dim == k.n);
     }
 
-    int64_t row_size() const { return 2 + n_out; } // of a range's result: maximum, sum, sums of values
+    int64_t row_size() const { return 2 + n_out; } // of a result: maximum, sum of weights, sums of values
+
+    // units of work are ranges: n_base units would not keep the threads busy. Fewer threads than planned need no more memory.
+    bool split(int n_threads) const {
+        return n_range > 1 && n_base < 4*n_threads && n_partials() <= MAX_PARTIALS;
+    }
+    int64_t n_partials() const { return n_base*n_range*std::min(ROWS, n_row)*row_size(); }
 
     float slope(int64_t head) const { // ALiBi
         if (max_bias <= 0.0f) {
@@ -148,54 +152,53 @@ struct scratch {
     float * q;       // [ROWS][k.n]
     float * qr;      // [ROWS][k.n], for stored keys: scaled, if keys are centered, and rotated
     float * qc;      // [ROWS][...], for centers
-    float * turned;  // [ROWS][n_rot], the same at a tile's first position
-    float * angles;  // [n_rot][CELLS], of as many positions
     tq_tile_numbers * qn; // [k.n_blocks][k.n_parts][ROWS]
-    tq_tile_numbers * pn; // [ROWS]
-    float * scores;  // [ROWS][CELLS], then weights
+    float * qs;      // [k.n_blocks][k.n_parts][ROWS], their units
+    tq_tile_numbers * pn; // [RANGE/CELLS][ROWS]
+    int32_t * sums;  // [2][ROWS][TQ_BLOCK_SIZE]
+    float * tile;    // [ROWS][CELLS]
     float * bias;    // [ROWS][CELLS]
+    float * weights; // [ROWS][RANGE], scores before
     float * rows;    // [CELLS][k.n or v.n]
+    float * floats;  // [ROWS][v.n], sums of values that are not integers
     float * columns; // [k.n][CELLS]
-    float * out;     // [ROWS][n_out]
+    float * part;    // [ROWS][row_size], of a range
+    float * total;   // [ROWS][row_size]
     int64_t size;    // floats
 
     scratch(const op & a, float * base) {
         float * p = base;
         const int64_t n_numbers = ROWS*(int64_t) sizeof(tq_tile_numbers)/(int64_t) sizeof(float);
+        const int64_t n_keys    = a.k.tiles ? a.k.n_blocks()*a.k.n_parts : 0;
         q       = take(p, ROWS*a.k.n);
         qr      = take(p, ROWS*a.k.n);
-        const int64_t n_rot = a.center.pos ? a.center.center.n_rot : 0;
-        qc      = take(p, a.center.pos ? ROWS*TQ_CENTER_QUERY_SIZE(n_rot) : 0);
-        turned  = take(p, ROWS*n_rot);
-        angles  = take(p, n_rot*CELLS);
-        qn      = (tq_tile_numbers *) take(p, a.k.tiles ? a.k.n_blocks()*a.k.n_parts*n_numbers : 0);
-        pn      = (tq_tile_numbers *) take(p, n_numbers);
-        scores  = take(p, ROWS*CELLS);
+        qc      = take(p, a.center.pos ? ROWS*TQ_CENTER_QUERY_SIZE(a.center.center.n_rot) : 0);
+        qn      = (tq_tile_numbers *) take(p, n_keys*n_numbers);
+        qs      = take(p, n_keys*ROWS);
+        pn      = (tq_tile_numbers *) take(p, RANGE/CELLS*n_numbers);
+        sums    = (int32_t *) take(p, 2*ROWS*TQ_BLOCK_SIZE);
+        tile    = take(p, ROWS*CELLS);
         bias    = take(p, ROWS*CELLS);
+        weights = take(p, ROWS*RANGE);
         rows    = take(p, CELLS*std::max(a.k.n, a.v.n));
+        floats  = take(p, ROWS*a.v.n);
         columns = take(p, a.k.n*CELLS);
-        out     = take(p, ROWS*a.n_out);
+        part    = take(p, ROWS*a.row_size());
+        total   = take(p, ROWS*a.row_size());
         size    = p - base;
     }
 };
 
-static inline float max_magnitude(const float * x, int64_t n) { // not finite where one is not
-    float max = 0.0f;
-    bool  finite = true;
-    for (int64_t i = 0; i < n; ++i) {
-        const float a = fabsf(x[i]);
-        max     = a > max ? a : max;
-        finite &= a <= FLT_MAX;
-    }
-    return finite ? max : NAN;
-}
-
-static inline float max_of_cells(const float * x) { // 16 maxima at a time, so that the loop vectorizes
+// the largest value(i) of n, a multiple of 16: 16 maxima at a time, so that the loop vectorizes
+template <typename F> static inline float max_of(int64_t n, F value) {
     float m[16];
-    memcpy(m, x, sizeof(m));
-    for (int64_t i = 16; i < CELLS; i += 16) {
+    for (int l = 0; l < 16; ++l) {
+        m[l] = value(l);
+    }
+    for (int64_t i = 16; i < n; i += 16) {
         for (int l = 0; l < 16; ++l) {
-            m[l] = x[i + l] > m[l] ? x[i + l] : m[l];
+            const float x = value(i + l);
+            m[l] = x > m[l] ? x : m[l];
         }
     }
     for (int h = 8; h > 0; h /= 2) {
@@ -206,54 +209,104 @@ static inline float max_of_cells(const float * x) { // 16 maxima at a time, so t
     return m[0];
 }
 
+static inline bool all_below(int64_t n, const float * x, float bound) { // false where one is not a number
+    int n_bad = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        n_bad += !(x[i] <= bound);
+    }
+    return n_bad == 0;
+}
+
+static inline float max_magnitude(int64_t n, const float * x) { // not finite where one is not
+    float a[TQ_BLOCK_SIZE];
+    float max = 0.0f;
+    for (int64_t i = 0; i < n; i += TQ_BLOCK_SIZE) {
+        for (int l = 0; l < TQ_BLOCK_SIZE; ++l) {
+            a[l] = fabsf(x[i + l]);
+        }
+        if (!all_below(TQ_BLOCK_SIZE, a, FLT_MAX)) {
+            return NAN;
+        }
+        max = std::max(max, max_of(TQ_BLOCK_SIZE, [&](int64_t l) { return a[l]; }));
+    }
+    return max;
+}
+
+// of n weights up to 1, n a multiple of 16 up to RANGE; integers, so that masked cells and the order do not matter
+static inline float sum_of_weights(int64_t n, const float * w) {
+    int32_t s[16] = { 0 };
+    for (int64_t i = 0; i < n; i += 16) {
+        for (int l = 0; l < 16; ++l) {
+            s[l] += (int32_t) (w[i + l]*(1 << 25));
+        }
+    }
+    int64_t sum = 0;
+    for (int l = 0; l < 16; ++l) {
+        sum += s[l];
+    }
+    return (float) sum/(1 << 25);
+}
+
+// rows of row_size; a range's result joins the total of those before it
+static void fold(const op & a, float * total, const float * part) {
+    if (part[0] == -INFINITY) {
+        return;
+    }
+    const float max = std::max(total[0], part[0]);
+    const float f = expf(total[0] - max);
+    const float g = expf(part[0]  - max);
+    total[0] = max;
+    for (int64_t i = 1; i < a.row_size(); ++i) {
+        total[i] = total[i]*f + part[i]*g;
+    }
+}
+
+static inline void clear(const op & a, float * row) {
+    row[0] = -INFINITY;
+    memset(row + 1, 0, (a.row_size() - 1)*sizeof(float));
+}
+
 struct unit {
     const op & a;
     scratch    s;
-    int64_t    stream, group, row0, n_rows, cell0, cell1;
-    float      max[ROWS];
-    float      sum[ROWS];
+    int64_t    base = -1;
+    int64_t    stream, group, row0, n_rows;
     float      slope[ROWS];
     const ggml_fp16_t * mask[ROWS];
     tq_center_query     qc[ROWS];
-    bool       used[CELLS]; // by a row
+    // of a range
+    bool       used[RANGE];          // by a row
+    int64_t    slots[RANGE/CELLS];   // first cells of the tiles that are used
+    int64_t    n_slots, cell1;
+    bool       damaged[ROWS];
 
-    unit(const op & a, float * base) : a(a), s(a, base) {
-        const tq_center & c = a.center.center;
-        for (int64_t j = 0; a.center.pos && j < CELLS; ++j) {
-            for (int64_t i = 0; i < c.n_rot; ++i) {
-                s.angles[i*CELLS + j] = c.table[j*c.n_rot + i];
-            }
-        }
-    }
+    unit(const op & a, float * base) : a(a), s(a, base) {}
 
     int64_t token_of(int64_t r) const { return (row0 + r)/a.group; }
     int64_t head_of (int64_t r) const { return group*a.group + (row0 + r)%a.group; }
     int64_t k_head() const { return group*a.group/(a.n_head/a.k.t->ne[2]); }
     int64_t v_head() const { return group*a.group/(a.n_head/a.v.t->ne[2]); }
-
-    const float * center() const { return a.center.of_head(k_head()); }
+    int64_t n_cells(int64_t cell) const { return std::min(CELLS, cell1 - cell); }
 
     void start(int64_t index) {
-        group = index % a.n_group;
+        if (index == base) {
+            return;
+        }
+        base   = index;
+        group  = index % a.n_group;
         index /= a.n_group;
         row0   = index % a.n_row_tile*ROWS;
         n_rows = std::min(ROWS, a.n_row - row0);
-        index /= a.n_row_tile;
-        cell0  = index % a.n_range*a.range;
-        cell1  = std::min(cell0 + a.range, a.n_kv);
-        stream = index/a.n_range;
+        stream = index/a.n_row_tile;
 
         for (int64_t r = 0; r < n_rows; ++r) {
             const int64_t token = token_of(r);
             const int64_t head  = head_of(r);
-            max  [r] = -INFINITY;
-            sum  [r] = 0.0f;
             slope[r] = a.slope(head);
             const ggml_tensor * m = a.mask;
             mask [r] = m ? (const ggml_fp16_t *) ((const char *) m->data + token*m->nb[1] + head%m->ne[2]*m->nb[2] + stream%m->ne[3]*m->nb[3]) : nullptr;
             memcpy(s.q + r*a.k.n, (const char *) a.q->data + token*a.q->nb[1] + head*a.q->nb[2] + stream*a.q->nb[3], a.k.n*sizeof(float));
         }
-        memset(s.out, 0, n_rows*a.n_out*sizeof(float));
         if (a.k.ours) {
             memcpy(s.qr, s.q, n_rows*a.k.n*sizeof(float));
             for (int64_t r = 0; a.center.pos && r < n_rows; ++r) {
@@ -261,28 +314,29 @@ struct unit {
             }
             tq_rotate(ggml_tq_params(), s.qr, s.qr, n_rows*a.k.n);
         }
-        if (a.k.tiles) {
-            for (int part = 0; part < a.k.n_parts; ++part) {
-                const float * x = s.qr;
-                if (part == 1) {
-                    tq_sketch(ggml_tq_params(), s.qr, s.rows, n_rows*a.k.n); // ROWS is at most CELLS
-                    x = s.rows;
-                }
-                for (int64_t r = 0; r < n_rows; ++r) {
-                    for (int64_t b = 0; b < a.k.n_blocks(); ++b) {
-                        const float * xb = x + r*a.k.n + b*TQ_BLOCK_SIZE;
-                        tq_tile_split(xb, nullptr, max_magnitude(xb, TQ_BLOCK_SIZE), s.qn + (b*a.k.n_parts + part)*ROWS + r);
-                    }
+        for (int part = 0; a.k.tiles && part < a.k.n_parts; ++part) {
+            const float * x = s.qr;
+            if (part == 1) {
+                tq_sketch(ggml_tq_params(), s.qr, s.rows, n_rows*a.k.n); // ROWS is at most CELLS
+                x = s.rows;
+            }
+            for (int64_t r = 0; r < n_rows; ++r) {
+                for (int64_t b = 0; b < a.k.n_blocks(); ++b) {
+                    const float * xb  = x + r*a.k.n + b*TQ_BLOCK_SIZE;
+                    const float   max = max_magnitude(TQ_BLOCK_SIZE, xb);
+                    const int64_t i   = (b*a.k.n_parts + part)*ROWS + r;
+                    tq_tile_split(xb, nullptr, max, s.qn + i);
+                    s.qs[i] = tq_tile_number_scale(max)*a.k.type.unit[part];
                 }
             }
         }
         for (int64_t r = 0; a.center.pos && r < n_rows; ++r) {
-            qc[r] = tq_center_query_init(&a.center.center, center(), s.q + r*a.k.n, s.qc + r*TQ_CENTER_QUERY_SIZE(a.center.center.n_rot));
+            qc[r] = tq_center_query_init(&a.center.center, a.center.of_head(k_head()), s.q + r*a.k.n, s.qc + r*TQ_CENTER_QUERY_SIZE(a.center.center.n_rot));
         }
     }
 
-    // bias and used; false if no row sees a cell of the tile
-    bool read_mask(int64_t cell, int64_t n_cells) {
+    // bias and used[CELLS]; false if no row sees a cell of the tile
+    bool read_mask(int64_t cell, bool * used) {
         if (!a.mask) {
             memset(s.bias, 0, n_rows*CELLS*sizeof(float));
         }
@@ -295,12 +349,12 @@ struct unit {
                 continue;
             }
             if (a.mask) {
-                ggml_cpu_fp16_to_fp32(mask[r] + cell, b, n_cells);
-                for (int64_t i = 0; i < n_cells; ++i) {
+                ggml_cpu_fp16_to_fp32(mask[r] + cell, b, n_cells(cell));
+                for (int64_t i = 0; i < n_cells(cell); ++i) {
                     b[i] *= slope[r];
                 }
             }
-            std::fill(b + n_cells, b + CELLS, -INFINITY);
+            std::fill(b + n_cells(cell), b + CELLS, -INFINITY);
             for (int64_t i = 0; i < CELLS; ++i) {
                 seen[i] = b[i] > seen[i] ? b[i] : seen[i];
             }
@@ -313,170 +367,196 @@ struct unit {
         return any;
     }
 
-    void score(int64_t cell, int64_t n_cells) {
-        memset(s.scores, 0, n_rows*CELLS*sizeof(float));
+    void score(int64_t slot) {
+        const int64_t cell = slots[slot];
+        const bool *  used = this->used + slot*CELLS;
+        memset(s.tile, 0, n_rows*CELLS*sizeof(float));
         if (a.k.tiles) {
-            uint8_t bytes[2][TQ_TILE_SIZE];
-            float   d[CELLS];
+            int8_t bytes[2][TQ_TILE_SIZE];
+            float  d[CELLS];
             for (int64_t b = 0; b < a.k.n_blocks(); ++b) {
-                tq_tile_unpack(&a.k.type, false, a.k.row(cell, k_head(), stream) + b*a.k.block_size, a.k.t->nb[1], n_cells, bytes, d);
-                for (int part = 0; part < a.k.n_parts; ++part) {
-                    tq_tile_multiply(&a.k.type, part, bytes[part], s.qn + (b*a.k.n_parts + part)*ROWS, 1, n_rows, d, s.scores, CELLS);
-                }
-            }
-        } else {
-            const float * q = a.k.ours ? s.qr : s.q;
-            for (int64_t i = 0; i < CELLS; ++i) {
-                if (used[i]) {
-                    a.k.read(a.k.row(cell + i, k_head(), stream), s.rows + i*a.k.n);
-                } else {
-                    memset(s.rows + i*a.k.n, 0, a.k.n*sizeof(float));
-                }
-            }
-            if (n_rows <= FEW_ROWS) {
-                for (int64_t r = 0; r < n_rows; ++r) {
-                    for (int64_t i = 0; i < n_cells; ++i) {
-                        ggml_vec_dot_f32(a.k.n, s.scores + r*CELLS + i, 0, s.rows + i*a.k.n, 0, q + r*a.k.n, 0, 1);
-                    }
-                }
-            } else {
-                for (int64_t i = 0; i < CELLS; ++i) {
-                    for (int64_t d = 0; d < a.k.n; ++d) {
-                        s.columns[d*CELLS + i] = s.rows[i*a.k.n + d];
-                    }
-                }
-                simd_gemm(s.scores, q, s.columns, n_rows, a.k.n, CELLS);
-            }
-        }
-        if (a.center.pos) {
-            score_centers(cell, n_cells);
-        }
-    }
-
-    // what centering took from the keys
-    void score_centers(int64_t cell, int64_t n_cells) {
-        const tq_center & c = a.center.center;
-        const int32_t * pos = (const int32_t *) ((const char *) a.center.pos->data + stream*a.center.pos->nb[1]) + cell;
-        int64_t first = 0; // used cell
-        while (!used[first]) {
-            first++;
-        }
-        const int64_t start = pos[first] - first; // the position of the tile's first cell, if they are in order
-        bool in_order = start >= 0 && start + CELLS <= 1 << 24;
-        for (int64_t i = first; i < n_cells; ++i) {
-            in_order &= !used[i] || pos[i] == start + i;
-        }
-        if (in_order) {
-            for (int64_t r = 0; r < n_rows; ++r) {
-                tq_center_turn(&c, &qc[r], (int32_t) start, s.turned + r*c.n_rot);
-                for (int64_t i = 0; i < CELLS; ++i) {
-                    s.scores[r*CELLS + i] += qc[r].w[2*c.n_rot];
-                }
-            }
-            simd_gemm(s.scores, s.turned, s.angles, n_rows, c.n_rot, CELLS);
-            return;
-        }
-        for (int64_t r = 0; r < n_rows; ++r) {
-            for (int64_t i = 0; i < n_cells; ++i) {
-                if (s.bias[r*CELLS + i] != -INFINITY) {
-                    s.scores[r*CELLS + i] += tq_center_score(&c, &qc[r], pos[i]);
-                }
-            }
-        }
-    }
-
-    // scores become weights; peak[r] is a row's largest
-    void soft_max(float * peak) {
-        for (int64_t r = 0; r < n_rows; ++r) {
-            float       * p = s.scores + r*CELLS;
-            const float * b = s.bias   + r*CELLS;
-            if (a.softcap != 0.0f) {
-                for (int64_t i = 0; i < CELLS; ++i) {
-                    p[i] = a.softcap*tanhf(p[i]*a.scale);
-                }
-            } else {
-                for (int64_t i = 0; i < CELLS; ++i) {
-                    p[i] *= a.scale;
-                }
-            }
-            for (int64_t i = 0; i < CELLS; ++i) {
-                p[i] = b[i] == -INFINITY ? -INFINITY : p[i] + b[i];
-            }
-            const float tile_max = max_of_cells(p);
-            if (tile_max == -INFINITY) {
-                memset(p, 0, CELLS*sizeof(float));
-                peak[r] = 0.0f;
-                continue;
-            }
-            if (tile_max > max[r]) {
-                const float f = expf(max[r] - tile_max);
-                ggml_vec_scale_f32(a.n_out, s.out + r*a.n_out, f);
-                sum[r] *= f;
-                max[r]  = tile_max;
-            }
-            sum [r] += (float) ggml_vec_soft_max_f32(CELLS, p, p, max[r]);
-            peak[r]  = expf(tile_max - max[r]);
-        }
-    }
-
-    void add_values(int64_t cell, int64_t n_cells, const float * peak) {
-        if (!a.v.tiles) {
-            for (int64_t i = 0; i < CELLS; ++i) {
-                if (used[i]) {
-                    a.v.read(a.v.row(cell + i, v_head(), stream), s.rows + i*a.v.n);
-                } else {
-                    memset(s.rows + i*a.v.n, 0, a.v.n*sizeof(float));
-                }
-            }
-            simd_gemm(s.out, s.scores, s.rows, n_rows, CELLS, a.v.n);
-            return;
-        }
-        uint8_t bytes[2][TQ_TILE_SIZE];
-        float   d[CELLS];
-        for (int64_t b = 0; b < a.v.n_blocks(); ++b) {
-            tq_tile_unpack(&a.v.type, true, a.v.row(cell, v_head(), stream) + b*a.v.block_size, a.v.t->nb[1], n_cells, bytes, d);
-            float * out = s.out + b*TQ_BLOCK_SIZE;
-            for (int64_t i = 0; i < n_cells; ++i) {
-                if (!(fabsf(d[i]) <= FLT_MAX)) { // damaged: seen by those that look at it
-                    d[i] = 0.0f;
+                const char * first = a.k.row(cell, k_head(), stream) + b*a.k.block_size;
+                tq_tile_unpack(&a.k.type, false, first, a.k.t->nb[1], (int) n_cells(cell), bytes);
+                tq_tile_scales(first, a.k.t->nb[1], (int) n_cells(cell), d);
+                for (int64_t part = 0; part < a.k.n_parts; ++part) {
+                    const int64_t i0 = (b*a.k.n_parts + part)*ROWS;
+                    memset(s.sums, 0, n_rows*CELLS*sizeof(int32_t));
+                    tq_tile_multiply(bytes[part], s.qn + i0, (int) n_rows, s.sums, CELLS);
                     for (int64_t r = 0; r < n_rows; ++r) {
-                        if (s.scores[r*CELLS + i] != 0.0f) {
-                            std::fill_n(out + r*a.n_out, TQ_BLOCK_SIZE, NAN);
+                        const float f = s.qs[i0 + r];
+                        for (int64_t i = 0; i < CELLS; ++i) {
+                            s.tile[r*CELLS + i] += f*d[i]*(float) s.sums[r*CELLS + i];
                         }
                     }
                 }
             }
-            const float d_max = max_magnitude(d, CELLS);
-            for (int64_t r = 0; r < n_rows; ++r) {
-                tq_tile_split(s.scores + r*CELLS, d, peak[r]*d_max, s.pn + r);
+        } else {
+            read_rows(a.k, k_head(), cell, used);
+            for (int64_t i = 0; i < CELLS; ++i) {
+                for (int64_t l = 0; l < a.k.n; ++l) {
+                    s.columns[l*CELLS + i] = s.rows[i*a.k.n + l];
+                }
             }
-            for (int part = 0; part < a.v.n_parts; ++part) {
-                tq_tile_multiply(&a.v.type, part, bytes[part], s.pn, 1, n_rows, nullptr, out + part*a.v.n, a.n_out);
+            simd_gemm(s.tile, a.k.ours ? s.qr : s.q, s.columns, n_rows, a.k.n, CELLS);
+        }
+        if (a.center.pos) { // what centering took from the keys
+            tq_center_cells cells;
+            tq_center_cells_init(&cells, (const int32_t *) ((const char *) a.center.pos->data + stream*a.center.pos->nb[1]) + cell, used);
+            for (int64_t r = 0; r < n_rows; ++r) {
+                tq_center_scores(&a.center.center, &qc[r], &cells, s.tile + r*CELLS);
+            }
+        }
+        for (int64_t r = 0; r < n_rows; ++r) {
+            const float * x = s.tile + r*CELLS;
+            const float * b = s.bias + r*CELLS;
+            float       * p = s.weights + r*RANGE + slot*CELLS;
+            if (a.softcap != 0.0f) {
+                for (int64_t i = 0; i < CELLS; ++i) {
+                    p[i] = b[i] == -INFINITY ? -INFINITY : a.softcap*tanhf(x[i]*a.scale) + b[i];
+                }
+            } else {
+                for (int64_t i = 0; i < CELLS; ++i) {
+                    p[i] = b[i] == -INFINITY ? -INFINITY : x[i]*a.scale + b[i];
+                }
             }
         }
     }
 
-    void compute() {
-        for (int64_t cell = cell0; cell < cell1; cell += CELLS) {
-            const int64_t n_cells = std::min(CELLS, cell1 - cell);
-            if (read_mask(cell, n_cells)) {
-                float peak[ROWS];
-                score(cell, n_cells);
-                soft_max(peak);
-                add_values(cell, n_cells, peak);
+    // rows of used cells as floats, zeros for the others
+    void read_rows(const side & side, int64_t head, int64_t cell, const bool * used) {
+        for (int64_t i = 0; i < CELLS; ++i) {
+            if (used[i]) {
+                side.read(side.row(cell + i, head, stream), s.rows + i*side.n);
+            } else {
+                memset(s.rows + i*side.n, 0, side.n*sizeof(float));
             }
+        }
+    }
+
+    // scores of the range become weights
+    void soft_max() {
+        const int64_t n = n_slots*CELLS;
+        for (int64_t r = 0; r < n_rows; ++r) {
+            float * p    = s.weights + r*RANGE;
+            float * part = s.part + r*a.row_size();
+            damaged[r] = !all_below(n, p, FLT_MAX);
+            const float max = max_of(n, [&](int64_t i) { return p[i]; });
+            if (damaged[r] || max == -INFINITY) {
+                memset(p, 0, n*sizeof(float));
+                part[0] = damaged[r] ? 0.0f : -INFINITY;
+                continue;
+            }
+            ggml_vec_soft_max_f32((int) n, p, p, max);
+            part[0] = max;
+            part[1] = sum_of_weights(n, p);
+        }
+    }
+
+    void add_values() {
+        if (a.v.tiles) {
+            for (int64_t b = 0; b < a.v.n_blocks(); ++b) {
+                add_value_blocks(b);
+            }
+        } else {
+            memset(s.floats, 0, n_rows*a.v.n*sizeof(float));
+            for (int64_t slot = 0; slot < n_slots; ++slot) {
+                for (int64_t r = 0; r < n_rows; ++r) {
+                    memcpy(s.tile + r*CELLS, s.weights + r*RANGE + slot*CELLS, CELLS*sizeof(float));
+                }
+                read_rows(a.v, v_head(), slots[slot], used + slot*CELLS);
+                simd_gemm(s.floats, s.tile, s.rows, n_rows, CELLS, a.v.n);
+            }
+            for (int64_t r = 0; r < n_rows; ++r) {
+                memcpy(s.part + r*a.row_size() + 2, s.floats + r*a.v.n, a.v.n*sizeof(float));
+            }
+        }
+        for (int64_t r = 0; r < n_rows; ++r) {
+            if (damaged[r]) {
+                std::fill_n(s.part + r*a.row_size() + 1, a.row_size() - 1, NAN);
+            }
+        }
+    }
+
+    // of one block of coordinates
+    void add_value_blocks(int64_t b) {
+        const auto first = [&](int64_t slot) { return a.v.row(slots[slot], v_head(), stream) + b*a.v.block_size; };
+        const int64_t n = n_slots*CELLS;
+        float d  [RANGE];
+        float max[ROWS];
+        for (int64_t slot = 0; slot < n_slots; ++slot) {
+            tq_tile_scales(first(slot), a.v.t->nb[1], (int) n_cells(slots[slot]), d + slot*CELLS);
+        }
+        if (!all_below(n, d, FLT_MAX)) { // damaged: seen by those that look at it
+            for (int64_t i = 0; i < n; ++i) {
+                for (int64_t r = 0; r < n_rows && !(d[i] <= FLT_MAX); ++r) {
+                    damaged[r] |= s.weights[r*RANGE + i] != 0.0f;
+                }
+                d[i] = d[i] <= FLT_MAX ? d[i] : 0.0f;
+            }
+        }
+        for (int64_t r = 0; r < n_rows; ++r) {
+            const float * w = s.weights + r*RANGE;
+            max[r] = max_of(n, [&](int64_t i) { return fabsf(w[i]*d[i]); });
+            for (int64_t slot = 0; slot < n_slots; ++slot) {
+                tq_tile_split(w + slot*CELLS, d + slot*CELLS, max[r], s.pn + slot*ROWS + r);
+            }
+        }
+        int8_t bytes[2][TQ_TILE_SIZE];
+        memset(s.sums, 0, 2*ROWS*TQ_BLOCK_SIZE*sizeof(int32_t));
+        for (int64_t slot = 0; slot < n_slots; ++slot) {
+            tq_tile_unpack(&a.v.type, true, first(slot), a.v.t->nb[1], (int) n_cells(slots[slot]), bytes);
+            for (int64_t part = 0; part < a.v.n_parts; ++part) {
+                tq_tile_multiply(bytes[part], s.pn + slot*ROWS, (int) n_rows, s.sums + part*ROWS*TQ_BLOCK_SIZE, TQ_BLOCK_SIZE);
+            }
+        }
+        for (int64_t part = 0; part < a.v.n_parts; ++part) {
+            for (int64_t r = 0; r < n_rows; ++r) {
+                const int32_t * sums = s.sums + (part*ROWS + r)*TQ_BLOCK_SIZE;
+                const float     unit = a.v.type.unit[part]*tq_tile_number_scale(max[r]);
+                float * out = s.part + r*a.row_size() + 2 + part*a.v.n + b*TQ_BLOCK_SIZE;
+                for (int l = 0; l < TQ_BLOCK_SIZE; ++l) {
+                    out[l] = unit*(float) sums[l];
+                }
+            }
+        }
+    }
+
+    // s.part of a range
+    void compute(int64_t range) {
+        const int64_t cell0 = range*RANGE;
+        cell1   = std::min(cell0 + RANGE, a.n_kv);
+        n_slots = 0;
+        for (int64_t r = 0; r < n_rows; ++r) {
+            clear(a, s.part + r*a.row_size());
+        }
+        for (int64_t cell = cell0; cell < cell1; cell += CELLS) {
+            if (read_mask(cell, used + n_slots*CELLS)) {
+                slots[n_slots] = cell;
+                score(n_slots++);
+            }
+        }
+        if (n_slots > 0) {
+            soft_max();
+            add_values();
         }
     }
 };
 
-// a row's result from all of its cells; out is overwritten
-static inline void finish(const op & a, int64_t stream, int64_t token, int64_t head, float max, float sum, float * out) {
-    float f = 1.0f;
+// a row's output from its total, which is overwritten
+static void finish(const op & a, int64_t base, int64_t r, float * total) {
+    const int64_t row    = base/a.n_group % a.n_row_tile*ROWS + r;
+    const int64_t stream = base/a.n_group/a.n_row_tile;
+    const int64_t token  = row/a.group;
+    const int64_t head   = base%a.n_group*a.group + row%a.group;
+    float   max = total[0];
+    float   sum = total[1];
+    float * out = total + 2;
+    float   f   = 1.0f;
     if (a.sinks) {
         const float sink = ((const float *) a.sinks->data)[head];
         const float m    = std::max(max, sink);
-        f    = expf(max - m);
-        sum  = sum*f + expf(sink - m);
+        f   = expf(max - m);
+        sum = sum*f + expf(sink - m);
     }
     ggml_vec_scale_f32(a.n_out, out, sum == 0.0f ? 0.0f : f/sum);
     float * dst = (float *) a.dst->data + ((stream*a.n_token + token)*a.n_head + head)*a.v.n;
@@ -500,32 +580,6 @@ static inline void finish(const op & a, int64_t stream, int64_t token, int64_t h
     tq_unrotate(ggml_tq_params(), out, dst, a.v.n);
 }
 
-// the ranges of a row, combined
-static inline void combine(const op & a, const float * partials, int64_t index, float * out) {
-    const int64_t group  = index % a.n_group;
-    const int64_t row    = index/a.n_group % a.n_row;
-    const int64_t stream = index/a.n_group/a.n_row;
-    const auto partial = [&](int64_t i) {
-        const int64_t unit = ((stream*a.n_range + i)*a.n_row_tile + row/ROWS)*a.n_group + group;
-        return partials + (unit*ROWS + row%ROWS)*a.row_size();
-    };
-    float max = -INFINITY;
-    for (int64_t i = 0; i < a.n_range; ++i) {
-        max = std::max(max, partial(i)[0]);
-    }
-    float sum = 0.0f;
-    memset(out, 0, a.n_out*sizeof(float));
-    for (int64_t i = 0; i < a.n_range; ++i) {
-        const float * p = partial(i);
-        if (p[0] != -INFINITY) {
-            const float f = expf(p[0] - max);
-            sum += f*p[1];
-            ggml_vec_mad_f32(a.n_out, out, p + 2, f);
-        }
-    }
-    finish(a, stream, row/a.group, group*a.group + row%a.group, max, sum, out);
-}
-
 } // namespace ggml_tq_attention
 
 extern "C" size_t ggml_tq_flash_attn_work_size(const ggml_tensor * dst, int n_threads) {
@@ -535,8 +589,8 @@ extern "C" size_t ggml_tq_flash_attn_work_size(const ggml_tensor * dst, int n_th
     size_t size = 0;
     for (const bool use_ref : { false, true }) {
         const ggml_tq_attention::op a(dst, use_ref);
-        const int64_t n_partial = a.n_range > 1 ? a.n_unit*ggml_tq_attention::ROWS*a.row_size() : 0;
-        size = std::max(size, sizeof(float)*(n_threads*ggml_tq_attention::scratch(a, nullptr).size + n_partial));
+        const int64_t n_partials = a.split(n_threads) ? a.n_partials() : 0;
+        size = std::max(size, sizeof(float)*(n_threads*ggml_tq_attention::scratch(a, nullptr).size + n_partials));
     }
     return size;
 }
@@ -545,36 +599,53 @@ static inline void ggml_tq_flash_attn(const ggml_compute_params * params, const 
     using namespace ggml_tq_attention;
     const op a(dst, params->use_ref);
     a.check();
-    const int ith = params->ith;
-    const int nth = params->nth;
+    const int  ith   = params->ith;
+    const int  nth   = params->nth;
+    const bool split = a.split(nth);
     const int64_t n_scratch = scratch(a, nullptr).size;
-    float * base     = (float *) params->wdata + ith*n_scratch;
-    float * partials = (float *) params->wdata + nth*n_scratch;
+    const int64_t n_rows    = std::min(ROWS, a.n_row); // of a base unit at most
+    float * partials = (float *) params->wdata + nth*n_scratch; // [n_base][n_range][n_rows][row_size]
+    unit u(a, (float *) params->wdata + ith*n_scratch);
 
     if (ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, nth);
     }
     ggml_barrier(params->threadpool);
-    unit u(a, base);
-    for (int64_t i = ith; i < a.n_unit; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+    const int64_t n_unit = split ? a.n_base*a.n_range : a.n_base;
+    for (int64_t i = ith; i < n_unit; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        if (split) {
+            u.start(i/a.n_range);
+            u.compute(i%a.n_range);
+            memcpy(partials + i*n_rows*a.row_size(), u.s.part, u.n_rows*a.row_size()*sizeof(float));
+            continue;
+        }
         u.start(i);
-        u.compute();
         for (int64_t r = 0; r < u.n_rows; ++r) {
-            float * out = u.s.out + r*a.n_out;
-            if (a.n_range == 1) {
-                finish(a, u.stream, u.token_of(r), u.head_of(r), u.max[r], u.sum[r], out);
-                continue;
+            clear(a, u.s.total + r*a.row_size());
+        }
+        for (int64_t range = 0; range < a.n_range; ++range) {
+            u.compute(range);
+            for (int64_t r = 0; r < u.n_rows; ++r) {
+                fold(a, u.s.total + r*a.row_size(), u.s.part + r*a.row_size());
             }
-            float * p = partials + (i*ROWS + r)*a.row_size();
-            p[0] = u.max[r];
-            p[1] = u.sum[r];
-            memcpy(p + 2, out, a.n_out*sizeof(float));
+        }
+        for (int64_t r = 0; r < u.n_rows; ++r) {
+            finish(a, i, r, u.s.total + r*a.row_size());
         }
     }
-    if (a.n_range > 1) {
-        ggml_barrier(params->threadpool);
-        for (int64_t i = ith; i < a.n_stream*a.n_row*a.n_group; i += nth) {
-            combine(a, partials, i, base);
+    if (!split) {
+        return;
+    }
+    ggml_barrier(params->threadpool);
+    for (int64_t i = ith; i < a.n_base*n_rows; i += nth) {
+        const int64_t base = i/n_rows;
+        const int64_t r    = i%n_rows;
+        if (base/a.n_group % a.n_row_tile*ROWS + r < a.n_row) {
+            clear(a, u.s.total);
+            for (int64_t range = 0; range < a.n_range; ++range) {
+                fold(a, u.s.total, partials + ((base*a.n_range + range)*n_rows + r)*a.row_size());
+            }
+            finish(a, base, r, u.s.total);
         }
     }
 }
