@@ -60,6 +60,15 @@ struct tq_tile_type tq_tile_type_init(const struct tq_params * params, enum tq_t
 // unpacking
 //
 
+INLINE void prefetch(const uint8_t * p, size_t distance) {
+#if defined(__GNUC__) || defined(__clang__)
+    __builtin_prefetch((const void *) ((uintptr_t) p + distance));
+#else
+    (void) p;
+    (void) distance;
+#endif
+}
+
 INLINE uint64_t load_plane(const uint8_t * planes, int p) {
     uint64_t w;
     memcpy(&w, planes + 8*p, sizeof(w));
@@ -162,6 +171,7 @@ INLINE void unpack_block(enum tq_kind kind, int bits, const int8_t * table, cons
 
 INLINE void unpack_rows(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * block, size_t stride, int n_rows, int8_t (* rows)[N][N]) {
     for (int r = 0; r < n_rows; ++r, block += stride) {
+        prefetch(block, N*stride); // the next tile is likely to be wanted
         unpack_block(kind, bits, table, block, &rows[0][r], &rows[1][r]);
     }
 }

@@ -502,7 +502,9 @@ struct unit {
             }
         }
         int8_t bytes[2][TQ_TILE_SIZE];
-        memset(s.sums, 0, 2*ROWS*TQ_BLOCK_SIZE*sizeof(int32_t));
+        for (int64_t part = 0; part < a.v.n_parts; ++part) {
+            memset(s.sums + part*ROWS*TQ_BLOCK_SIZE, 0, n_rows*TQ_BLOCK_SIZE*sizeof(int32_t));
+        }
         for (int64_t slot = 0; slot < n_slots; ++slot) {
             tq_tile_unpack(&a.v.type, true, first(slot), a.v.t->nb[1], (int) n_cells(slots[slot]), bytes);
             for (int64_t part = 0; part < a.v.n_parts; ++part) {
