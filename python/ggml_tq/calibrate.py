@@ -1,8 +1,8 @@
 """What a model's metadata are made of.
 
 Codebooks: exact for a block's dimension, the Gaussian limit, or from the model's own rows. Centers: the means of its
-keys before RoPE, over a text; of those at position 0, over the beginnings of many. Scales: from what its queries ask
-of them.
+keys before RoPE, over a text; of those at position 0, the median over many beginnings. Scales: from what its queries
+ask of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 MAX_BLOCKS = 1 << 16  # for each of keys and values: 4 million coordinates
 CHUNK = 1024  # tokens that a model reads at a time
-BEGINNINGS = 64  # whose keys at position 0 are averaged
+BEGINNINGS = 64  # whose keys at position 0 are looked at
 BEGINNING = 16  # tokens of each, of which the runtime's batch is made
 WORTH = 0.8  # the part of the error's power that scales must leave at most, to be used
 FLOOR = 1e-6  # of a head's largest power: what counts for a coordinate with less
@@ -119,8 +119,8 @@ class KeySums:
     weight: Doubles  # (heads, 1): of all keys, by what attention loses with them
     weighted: Doubles  # keys
     weighted_squares: Doubles
-    first: Doubles | None = None  # mean of the keys at position 0
-    first_left: float = 1.0  # the part of those keys' distance from `mean` that is left of it from `first`
+    first: Doubles | None = None  # median of the keys at position 0
+    first_left: float = 1.0  # their squared distance from it over that from `mean`, medians of both
 
     @property
     def mean(self) -> Doubles:
@@ -245,9 +245,10 @@ def _add_beginnings(sums: dict[int, KeySums], kv: Capture) -> None:
         )
         if not np.isfinite(k).all():
             raise CalibrationError(f"layer {index} has keys that are not finite")
-        of_layer.first = k.mean(axis=0)
-        distance = float(np.sum((k - of_layer.mean) ** 2))
-        of_layer.first_left = float(np.sum((k - of_layer.first) ** 2)) / distance if distance > 0 else 1.0
+        # not the mean: a few tokens make no sink where they are the first, and have a key of another kind
+        of_layer.first = np.median(k, axis=0)
+        of_mean, of_first = (np.sum((k - center) ** 2, axis=(1, 2)) for center in (of_layer.mean, of_layer.first))
+        of_layer.first_left = float(np.median(of_first) / np.median(of_mean)) if np.any(of_mean) else 1.0
 
 
 def key_sums(

@@ -208,11 +208,13 @@ def expected(model: Path, text: Path, folder: Path, wanted: list[int]) -> tuple[
 
 
 def beginnings(model: Path, text: Path, folder: Path) -> np.ndarray:
-    """Means of keys at position 0 (layers, heads, dim)."""
+    """Medians of keys at position 0 (layers, heads, dim)."""
     request = Request(model, text, folder / "kv.st", context=16, max_tokens=1024, force=True)
     with capture(request) as kv:
         assert np.sum(kv.positions == 0) == 64
-        return np.stack([kv.k_pre(index)[kv.positions == 0].astype(np.float64).mean(axis=0) for index in kv.layers])
+        return np.stack(
+            [np.median(kv.k_pre(index)[kv.positions == 0].astype(np.float64), axis=0) for index in kv.layers]
+        )
 
 
 def test_a_model(fork: Fork, random_model: RandomModel, text: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: ANN401
@@ -232,7 +234,7 @@ def test_a_model(fork: Fork, random_model: RandomModel, text: Path, tmp_path: Pa
     np.testing.assert_allclose(
         found.centers.first.reshape(want.shape), first, rtol=0, atol=1e-3 * np.max(np.abs(first))
     )
-    assert all(0.5 < row["first"] < 1 for row in shown["layers"])  # random keys are alike nowhere
+    assert all(0.5 < row["first"] < 1.5 for row in shown["layers"])  # random keys are alike nowhere
     assert all(row["scaled"] == 1 for row in shown["layers"])
     assert found.params.hash == Params().hash
     assert shown["tokens"] == n == CHUNK + 100 - 32

@@ -65,7 +65,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
         caption="mean, bias: share of the keys' energy; distance: |mean - bias| / |mean|; "
         "scaled: power of the scores' error, of that without scales; "
-        "first: energy of keys at position 0, of that with the mean"
+        "first: energy of keys at position 0 with their own center, of that with the mean"
     )
     columns = [name for name in ("mean", "bias", "distance", "scaled", "first") if any(name in row for row in rows)]
     for name in ("layer", *columns):
