@@ -66,7 +66,8 @@ void tq_center_add(const struct tq_center * center, const float * m, int32_t pos
 }
 
 // w: [n_rot] the factors of cosines and sines at position 0, [n_rot] at the page's start, then what does not turn
-struct tq_center_query tq_center_query_init(const struct tq_center * center, const float * m, const float * q, float * w) {
+struct tq_center_query tq_center_query_init(const struct tq_center * center, const float * m, const float * first, const float * q,
+        float * w) {
     const int32_t n_rot   = center->n_rot;
     const int32_t n_pairs = n_rot/2;
     for (int32_t i = 0; i < n_pairs; ++i) {
@@ -80,7 +81,11 @@ struct tq_center_query tq_center_query_init(const struct tq_center * center, con
         rest += q[i]*m[i];
     }
     w[2*n_rot] = rest;
-    return (struct tq_center_query) { w, -1 };
+    float score = 0.0f;
+    for (int32_t i = 0; i < center->head_dim; ++i) {
+        score += q[i]*first[i];
+    }
+    return (struct tq_center_query) { w, -1, score };
 }
 
 // w's second half at the start of a page
@@ -98,6 +103,11 @@ static void turn_query(const struct tq_center * center, struct tq_center_query *
     }
 }
 
+static int32_t run_of(int32_t pos) {
+    pos = clamp(pos);
+    return pos == 0 ? -1 : pos/PAGE;
+}
+
 void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, const bool * used) {
     bool done[N];
     int n = 0;
@@ -109,9 +119,9 @@ void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, c
         if (done[first]) {
             continue;
         }
-        struct tq_center_run run = { clamp(pos[first])/PAGE, n, 0, true };
+        struct tq_center_run run = { run_of(pos[first]), n, 0, true };
         for (int j = first; j < N; ++j) {
-            if (done[j] || clamp(pos[j])/PAGE != run.page) {
+            if (done[j] || run_of(pos[j]) != run.page) {
                 continue;
             }
             done[j] = true;
@@ -140,6 +150,12 @@ void tq_center_scores(const struct tq_center * center, struct tq_center_query * 
         const struct tq_center_run * run = &cells->runs[i];
         const uint8_t * cell = cells->cell + run->first;
         const uint8_t * at   = cells->at   + run->first;
+        if (run->page < 0) {
+            for (int j = 0; j < run->n; ++j) {
+                scores[cell[j]] += query->first;
+            }
+            continue;
+        }
         float sum[N];
         for (int j = 0; j < N; ++j) {
             sum[j] = query->w[2*n_rot];

@@ -100,13 +100,13 @@ static subject make_subject(const std::string & name, const options & o) {
     ggml_tensor * out = ggml_flash_attn_ext(ctx, q, k, v, m, 1.0f/sqrtf((float) o.head_dim), 0.0f, 0.0f);
     if (o.center && ggml_tq_is_type(type_k)) {
         ggml_tensor * pos     = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, o.n_kv, 1);
-        ggml_tensor * centers = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, o.head_dim, N_HEAD_KV, 3); // and scales
+        ggml_tensor * centers = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, o.head_dim, N_HEAD_KV, 4); // and scales
         ggml_tensor * table   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, o.head_dim, TQ_CENTER_ROWS);
         for (int j = 0; j < o.n_kv; ++j) {
             ((int32_t *) pos->data)[j] = j;
         }
         for (int64_t i = 0; i < ggml_nelements(centers); ++i) {
-            ((float *) centers->data)[i] = i < ggml_nelements(centers)/3 ? normal(rng) : 1.0f;
+            ((float *) centers->data)[i] = i < ggml_nelements(centers)/4 ? normal(rng) : 1.0f;
         }
         std::vector<double> freqs(o.head_dim/2);
         for (int i = 0; i < o.head_dim/2; ++i) {

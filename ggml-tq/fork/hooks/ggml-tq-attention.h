@@ -331,7 +331,8 @@ struct unit {
             }
         }
         for (int64_t r = 0; a.center.pos && r < n_rows; ++r) {
-            qc[r] = tq_center_query_init(&a.center.center, a.center.of_head(k_head()), s.q + r*a.k.n, s.qc + r*TQ_CENTER_QUERY_SIZE(a.center.center.n_rot));
+            qc[r] = tq_center_query_init(&a.center.center, a.center.of_head(k_head()), a.center.at(k_head(), 0), s.q + r*a.k.n,
+                s.qc + r*TQ_CENTER_QUERY_SIZE(a.center.center.n_rot));
         }
     }
 
