@@ -70,8 +70,10 @@ INLINE void prefetch(const uint8_t * p, size_t distance) {
 }
 
 INLINE uint64_t load_plane(const uint8_t * planes, int p) {
-    uint64_t w;
-    memcpy(&w, planes + 8*p, sizeof(w));
+    uint64_t w = 0;
+    for (int i = 0; i < 8; ++i) {
+        w |= (uint64_t) planes[8*p + i] << 8*i;
+    }
     return w;
 }
 
@@ -152,17 +154,26 @@ INLINE void unpack_block(enum tq_kind kind, int bits, const int8_t * table, cons
 
 #else
 
+// bit j of b -> bit 0 of byte j
+INLINE uint64_t expand_bits(uint8_t b) {
+    const uint64_t x = b*0x0101010101010101ull & 0x8040201008040201ull;
+    return (x + 0x7f7f7f7f7f7f7f7full) >> 7 & 0x0101010101010101ull;
+}
+
 INLINE void unpack_block(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * block, int8_t (* levels)[N], int8_t (* signs)[N]) {
     uint64_t w[8];
     const int n = index_planes(kind, bits, block, w);
-    for (int i = 0; i < N; ++i) {
-        int index = 0;
+    for (int i = 0; i < N; i += 8) {
+        uint64_t index = 0; // of 8 coordinates, a byte each
         for (int p = 0; p < n; ++p) {
-            index |= (int) (w[p] >> i & 1) << p;
+            index |= expand_bits((uint8_t) (w[p] >> i)) << p;
         }
-        levels[0][i] = table[index];
-        if (kind == TQ_KIND_QJL) {
-            signs[0][i] = w[bits - 1] >> i & 1 ? 1 : -1;
+        const uint64_t set = kind == TQ_KIND_QJL ? expand_bits((uint8_t) (w[bits - 1] >> i)) : 0;
+        for (int j = 0; j < 8; ++j) {
+            levels[0][i + j] = table[index >> 8*j & 0xff];
+            if (kind == TQ_KIND_QJL) {
+                signs[0][i + j] = (int8_t) (2*(int) (set >> 8*j & 1) - 1);
+            }
         }
     }
 }
