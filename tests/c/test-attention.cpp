@@ -182,7 +182,7 @@ static std::vector<uint8_t> surround(const std::vector<uint8_t> & packed, int n_
     return result;
 }
 
-static attn_errors attention_errors(const attn_case & c, std::mt19937_64 & rng) {
+static attn_errors attention_errors(const attn_case & c, bool compare_bits, std::mt19937_64 & rng) {
     std::normal_distribution<float> normal;
     std::vector<float> q((size_t) c.d_k*c.n_q*c.n_head*c.n_stream);
     std::vector<float> k((size_t) c.d_k*c.n_kv*c.n_head_kv*c.n_stream);
@@ -345,7 +345,7 @@ static attn_errors attention_errors(const attn_case & c, std::mt19937_64 & rng) 
     longer.after     = 700;
     later.before     = 1024;
     elsewhere.before = std::max(0, std::min(77, 512 - c.n_kv)); // within a range of cells
-    const char * differs = !same(one) ? "1 thread" : !same(three) ? "3 threads" : !same(last) ? "the last query alone" : !same(first) ? "half of the batch"
+    const char * differs = !compare_bits ? nullptr : !same(one) ? "1 thread" : !same(three) ? "3 threads" : !same(last) ? "the last query alone" : !same(first) ? "half of the batch"
         : !same(longer) ? "a longer cache" : !same(later) || !same(elsewhere) ? "cells at other places" : nullptr;
     attn_run ref;
     ref.use_ref = true;
@@ -404,7 +404,7 @@ int main(int argc, char ** argv) {
     int n_failed = 0;
     double worst = 0.0, worst_exact = 0.0, worst_ref = 0.0, least_damage = INFINITY;
     for (const auto & c : cases) {
-        const attn_errors err = attention_errors(c, rng);
+        const attn_errors err = attention_errors(c, c.n_kv >= 300 || rng()%4 == 0, rng);
         const auto has_codebook = [](ggml_type t) { return ggml_tq_is_type(t) && tq_get_type_info(ggml_tq_type_of(t))->kind != TQ_KIND_TCQ; };
         const bool exact = !has_codebook(c.type_k) && !has_codebook(c.type_v);
         (exact ? worst_exact : worst) = std::fmax(exact ? worst_exact : worst, err.op);
