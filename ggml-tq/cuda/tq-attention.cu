@@ -1,0 +1,153 @@
+#include "tq-attention.cuh"
+
+#define TQ_ATTENTION_MAX_ROWS 32 // queries times heads of a key head; more of them are left to upstream's kernels
+
+static bool has_tensor_cores(int device) {
+    const int cc = ggml_cuda_info().devices[device].cc;
+    return GGML_CUDA_CC_IS_NVIDIA(cc) && cc >= GGML_CUDA_CC_AMPERE && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_AMPERE;
+}
+
+static tq_attention_kernel find(ggml_type k_type, ggml_type v_type, int head_dim, int n_rows) {
+    tq_attention_kernel kernel = {};
+    tq_dispatch(k_type, [&](auto kind, auto bits) { kernel = tq_attention_find<kind, bits>(v_type, head_dim, n_rows); });
+    return kernel;
+}
+
+static bool aligned(const ggml_tensor * t) { // as tq_row_layout::align asks; buffers are
+    const size_t n = t->ne[0] % 256 == 0 ? 8 : t->ne[0] % 128 == 0 ? 4 : 2;
+    return t->view_offs % n == 0 && t->nb[1] % n == 0 && t->nb[2] % n == 0 && t->nb[3] % n == 0;
+}
+
+bool ggml_tq_cuda_attention_supported(int device, const ggml_tensor * dst) {
+    const ggml_tensor * q    = dst->src[0];
+    const ggml_tensor * k    = dst->src[1];
+    const ggml_tensor * v    = dst->src[2];
+    const ggml_tensor * mask = dst->src[3];
+    if (!ggml_tq_is_type(k->type) || !ggml_tq_is_type(v->type) || !has_tensor_cores(device)) {
+        return false;
+    }
+    const int64_t n_rows = q->ne[1]*(q->ne[2]/k->ne[2]);
+    if (q->ne[0] != k->ne[0] || k->ne[0] != v->ne[0] || n_rows > TQ_ATTENTION_MAX_ROWS || k->ne[1] == 0 || k->ne[1] > INT_MAX/2 ||
+            q->ne[3] != k->ne[3] || q->ne[3] != v->ne[3] || q->ne[2] % k->ne[2] != 0 || k->ne[2] != v->ne[2] || q->ne[3] > 65535) {
+        return false;
+    }
+    if (q->nb[0] != sizeof(float) || !aligned(k) || !aligned(v) || (mask && (mask->ne[2] != 1 || mask->nb[0] != sizeof(half)))) {
+        return false;
+    }
+    if (ggml_get_op_params_i32(dst, 4) > 0) { // sparse attention
+        return false;
+    }
+    const tq_attention_kernel kernel = find(k->type, v->type, (int) k->ne[0], (int) n_rows);
+    return kernel.launch && (size_t) kernel.shared_bytes + 1024 <= ggml_cuda_info().devices[device].smpbo;
+}
+
+// the parts' outputs, still rotated and not divided by the sum of weights, become one; a warp a block of 64
+static __global__ void tq_attention_combine(const float * part_o, const float2 * part_ml, const float * sinks, float * dst,
+        uint64_t rotation, int n_splits, int n_head) {
+    ggml_cuda_pdl_sync();
+    const int lane = threadIdx.x % 32;
+    const int b    = threadIdx.x / 32;
+    const int d    = 2*blockDim.x;
+    const int64_t row = blockIdx.x;
+    part_ml += row*n_splits;
+    part_o  += row*n_splits*d + 64*b + lane;
+
+    float top = -1e30f;
+    for (int i = lane; i < n_splits; i += 32) {
+        top = fmaxf(top, part_ml[i].x);
+    }
+#pragma unroll
+    for (int h = 16; h > 0; h /= 2) {
+        top = fmaxf(top, __shfl_xor_sync(TQ_WARP, top, h));
+    }
+    const float sink = sinks ? sinks[row % n_head]*1.44269504f : -INFINITY;
+    top = fmaxf(top, sink);
+
+    float  sum = exp2f(sink - top);
+    float2 o   = make_float2(0.0f, 0.0f);
+#pragma unroll 8
+    for (int i = 0; i < n_splits; ++i) {
+        const float2 ml   = part_ml[i];
+        const float  down = exp2f(ml.x - top);
+        sum += ml.y*down;
+        o.x += part_o[(int64_t) i*d     ]*down;
+        o.y += part_o[(int64_t) i*d + 32]*down;
+    }
+    o = tq_rht_inverse(tq_scale(o, sum > 0.0f ? 1.0f/sum : sum == 0.0f ? 0.0f : sum), rotation, lane);
+    dst[row*d + 64*b + lane     ] = o.x;
+    dst[row*d + 64*b + lane + 32] = o.y;
+}
+
+// parts of the cells for one key head: all multiprocessors busy, in as few rounds as can be
+static int choose_splits(int n_units, int n_tiles, int n_warps, int n_sm) {
+    int    best      = 1;
+    double best_cost = INFINITY;
+    for (int n = 1; n <= std::max(1, n_tiles/n_warps) && n <= 4*n_sm; ++n) {
+        const int    n_iter = (n_tiles + n*n_warps - 1)/(n*n_warps);
+        const int    rounds = (n_units*n + n_sm - 1)/n_sm;
+        const double cost   = rounds*(n_iter + 3.0); // 3: what a block does besides
+        if (cost < best_cost) {
+            best      = n;
+            best_cost = cost;
+        }
+    }
+    return best;
+}
+
+void ggml_tq_cuda_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * sinks = dst->src[4];
+
+    tq_attention_args a = {};
+    a.k = (const char *) k->data;
+    a.v = (const char *) v->data;
+    a.q = (const float *) q->data;
+    for (int i = 0; i < 3; ++i) {
+        a.k_nb[i] = k->nb[i + 1];
+        a.v_nb[i] = v->nb[i + 1];
+        a.q_nb[i] = q->nb[i + 1];
+    }
+    if (mask) {
+        a.mask     = (const half *) mask->data;
+        a.mask_nb1 = mask->nb[1];
+        a.mask_nb3 = mask->nb[3];
+        a.mask_ne3 = (int) mask->ne[3];
+    }
+    a.scale     = ggml_get_op_params_f32(dst, 0);
+    a.max_bias  = ggml_get_op_params_f32(dst, 1);
+    a.cap       = ggml_get_op_params_f32(dst, 2);
+    a.n_kv      = (int) k->ne[1];
+    a.n_q       = (int) q->ne[1];
+    a.n_head    = (int) q->ne[2];
+    a.n_head_kv = (int) k->ne[2];
+    a.n_stream  = (int) q->ne[3];
+    a.k_codec   = tq_make_codec(ggml_tq_params(), ggml_tq_type_of(k->type));
+    a.v_codec   = tq_make_codec(ggml_tq_params(), ggml_tq_type_of(v->type));
+    a.center    = tq_cuda_center(dst, 5);
+
+    const int d      = (int) k->ne[0];
+    const int n_rows = a.n_q*(a.n_head/a.n_head_kv);
+    const tq_attention_kernel kernel = find(k->type, v->type, d, n_rows);
+
+    const int n_row_parts = (n_rows + kernel.n_rows - 1)/kernel.n_rows;
+    const int n_tiles     = (a.n_kv + TQ_TILE - 1)/TQ_TILE;
+    const int n_sm        = ggml_cuda_info().devices[ctx.device].nsm;
+    const int n_splits    = choose_splits(a.n_head_kv*n_row_parts*a.n_stream, n_tiles, kernel.n_warps, n_sm);
+    a.n_iter   = (n_tiles + n_splits*kernel.n_warps - 1)/(n_splits*kernel.n_warps);
+    a.n_splits = (n_tiles + a.n_iter*kernel.n_warps - 1)/(a.n_iter*kernel.n_warps); // none is empty
+
+    const int64_t n_out = (int64_t) a.n_head*a.n_q*a.n_stream;
+    ggml_cuda_pool_alloc<float>  part_o (ctx.pool(), n_out*a.n_splits*d);
+    ggml_cuda_pool_alloc<float2> part_ml(ctx.pool(), n_out*a.n_splits);
+    a.part_o  = part_o.get();
+    a.part_ml = part_ml.get();
+
+    kernel.launch(a, dim3(a.n_head_kv*n_row_parts, a.n_splits, a.n_stream), ctx.stream());
+    ggml_cuda_kernel_launch(tq_attention_combine, ggml_cuda_kernel_launch_params(dim3((unsigned) n_out), dim3(d/2), (size_t) 0, ctx.stream()),
+        (const float *) a.part_o, (const float2 *) a.part_ml, sinks ? (const float *) sinks->data : nullptr, (float *) dst->data,
+        a.v_codec.rotation, a.n_splits, a.n_head);
+    CUDA_CHECK(cudaGetLastError());
+}

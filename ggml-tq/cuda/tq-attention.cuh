@@ -1,0 +1,809 @@
+#pragma once
+
+// Attention of few queries over packed keys and values (docs/decisions/0008-cuda-attention.md).
+//
+// A CUDA block has one key head of one stream, up to 8*R8 rows (queries times heads of the group) and a part of the cells. Its
+// warps take tiles of 16 cells in turn, each with a pipeline of its own from global to shared memory. Scores and outputs are
+// computed transposed, cells or coordinates along the 16 rows of a tensor-core operand and attention rows along its 8 columns,
+// in the rotated basis; the second kernel combines the parts and turns the outputs back.
+
+#include "tq-fragment.cuh"
+#include "tq-kernel.cuh"
+
+#define TQ_TILE 16
+
+struct tq_attention_args {
+    const char * k;
+    const char * v;
+    int64_t k_nb[3];
+    int64_t v_nb[3];
+    const float * q;         // [D, n_q, n_head, n_stream]
+    int64_t q_nb[3];
+    const half * mask;       // [n_kv, n_q, 1, n_stream or 1] or nullptr
+    int64_t mask_nb1;
+    int64_t mask_nb3;
+    int   mask_ne3;
+    float scale, max_bias, cap;
+    int   n_kv, n_q, n_head, n_head_kv, n_stream;
+    int   n_splits, n_iter;  // n_iter: tiles of a warp
+    float  * part_o;         // [D, n_splits, n_head, n_q, n_stream]
+    float2 * part_ml;        // [n_splits, n_head, n_q, n_stream]: greatest score (base 2), sum of weights
+    tq_codec k_codec;
+    tq_codec v_codec;
+    tq_key_center center;
+};
+
+// a row of one head; it is copied in pieces of 16 bytes that hold it, whatever its alignment; an odd number of them spreads banks
+template <int D, int bits> struct tq_row_layout {
+    static constexpr int align    = D % 256 == 0 ? 8 : D % 128 == 0 ? 4 : 2;
+    static constexpr int block    = 2 + 8*bits;
+    static constexpr int bytes    = D/64*block;
+    static constexpr int n_pieces = (bytes + 16 - align + 15)/16;
+    static constexpr int pitch    = 16*(n_pieces | 1);
+};
+
+template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits> struct tq_attention_config {
+    using k_row = tq_row_layout<D, k_bits>;
+    using v_row = tq_row_layout<D, v_bits>;
+    static constexpr int n_blocks = D/64;
+    static constexpr int n_rows   = 8*R8;
+    static constexpr int n_warps  = D*R8 <= 128 ? 16 : 8;
+    static constexpr bool q_in_registers = D*R8 <= 128;
+
+    static constexpr int k_entries    = tq_pairs<k_kind, k_bits>::n_entries;
+    static constexpr int v_entries    = tq_pairs<v_kind, v_bits>::n_entries;
+    static constexpr int stage_bytes  = TQ_TILE*(k_row::pitch + v_row::pitch); // of a warp
+    static constexpr int table_bytes  = 256*(k_entries > v_entries ? k_entries : v_entries);
+    static constexpr int q_bytes      = n_rows*D*2*(k_kind == TQ_KIND_QJL ? 2 : 1);
+    static constexpr int weight_bytes = n_rows*(D + 1)*4;
+    // centered keys: cells are seen to by spans of 64, the spans of some rounds of the warps at once
+    static constexpr int n_rounds     = D > 128 ? 1 : 2;
+    static constexpr int n_spans      = n_rounds*n_warps*TQ_TILE/64;
+    static constexpr int center_bytes = 64*D*2 + n_spans*n_rows*D*2 + n_spans*(n_rows*D/64*4 + 4);
+    static constexpr int n_stages     = stage_bytes*n_warps*3 + table_bytes <= 200*1024 ? 3 : 2;
+    static constexpr int loop_bytes   = table_bytes + q_bytes + weight_bytes + n_stages*n_warps*stage_bytes;
+    static constexpr int merge_bytes  = n_warps*n_rows*(D + 2)*4;
+    static constexpr int shared_bytes = loop_bytes > merge_bytes ? loop_bytes : merge_bytes;
+};
+
+//
+// instructions
+//
+
+static __device__ __forceinline__ void tq_mma(float * d, const uint32_t * a, uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// an 8x8 matrix of 16-bit numbers; lane 4*g + j has numbers 2*j and 2*j + 1 of row g
+static __device__ __forceinline__ uint32_t tq_transpose(uint32_t x) {
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+static __device__ __forceinline__ void tq_copy_16(uint32_t dst, const char * src) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(dst), "l"(src) : "memory");
+}
+
+static __device__ __forceinline__ void tq_copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int n> static __device__ __forceinline__ void tq_copy_wait() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
+}
+
+static __device__ __forceinline__ uint32_t tq_pack(float x, float y) {
+    const half2 h = __floats2half2_rn(x, y);
+    return *(const uint32_t *) &h;
+}
+
+static __device__ __forceinline__ float tq_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// over the lanes of all g
+static __device__ __forceinline__ float tq_max_of_cells(float x) {
+    x = fmaxf(x, __shfl_xor_sync(TQ_WARP, x,  4));
+    x = fmaxf(x, __shfl_xor_sync(TQ_WARP, x,  8));
+    x = fmaxf(x, __shfl_xor_sync(TQ_WARP, x, 16));
+    return x;
+}
+
+static __device__ __forceinline__ float tq_sum_of_cells(float x) {
+    x += __shfl_xor_sync(TQ_WARP, x,  4);
+    x += __shfl_xor_sync(TQ_WARP, x,  8);
+    x += __shfl_xor_sync(TQ_WARP, x, 16);
+    return x;
+}
+
+//
+// shared memory
+//
+
+// the rows of 16 cells; bytes around a row in its first and last 16 are read, never more
+template <typename row_layout>
+static __device__ __forceinline__ void tq_copy_tile(uint32_t dst, const char * src, int64_t nb1, int n_cells, int lane) {
+    constexpr int n_pieces = row_layout::n_pieces;
+#pragma unroll
+    for (int i0 = 0; i0 < TQ_TILE*n_pieces; i0 += 32) {
+        const int i     = i0 + lane;
+        const int cell  = i / n_pieces;
+        const int piece = i % n_pieces;
+        const char * row   = src + cell*nb1;
+        const char * first = (const char *) ((uintptr_t) row & ~(uintptr_t) 15);
+        if ((TQ_TILE*n_pieces % 32 == 0 || i < TQ_TILE*n_pieces) && cell < n_cells && first + 16*piece < row + row_layout::bytes) {
+            tq_copy_16(dst + cell*row_layout::pitch + 16*piece, first + 16*piece);
+        }
+    }
+}
+
+// the lane's halfwords of a block of two cells
+template <tq_kind kind, int bits>
+static __device__ __forceinline__ tq_words tq_read_block(const char * x, const char * y, int j) {
+    uint32_t px[bits], py[bits];
+#pragma unroll
+    for (int p = 0; p < bits; ++p) {
+        px[p] = *(const uint16_t *) (x + 2 + 8*p + 2*j);
+        py[p] = *(const uint16_t *) (y + 2 + 8*p + 2*j);
+    }
+    uint32_t cx = 0;
+    uint32_t cy = 0;
+    if constexpr (kind == TQ_KIND_TCQ) {
+        const int before = 2 + 8*(bits - 1) + 2*((j + 3) & 3);
+        cx = tq_both_low(*(const uint16_t *) (x + before), px[bits - 1]);
+        cy = tq_both_low(*(const uint16_t *) (y + before), py[bits - 1]);
+    }
+    return tq_unpack<kind, bits>(px, py, cx, cy);
+}
+
+static __device__ __forceinline__ float tq_read_scale(const char * block) {
+    return __half2float(*(const half *) block);
+}
+
+//
+// scores
+//
+
+// one step of 16 coordinates: pairs of code word s
+template <tq_kind kind>
+static __device__ __forceinline__ void tq_key_operand(const char * table, uint32_t lane_offset, const tq_words & w, const tq_pair_signs & signs, int s, uint32_t * a) {
+    a[0] = *(const uint32_t *) (table + tq_pair_offset(w.codes[s], 0, lane_offset));
+    a[2] = *(const uint32_t *) (table + tq_pair_offset(w.codes[s], 1, lane_offset));
+    a[1] = *(const uint32_t *) (table + tq_pair_offset(w.codes[s], 2, lane_offset));
+    a[3] = *(const uint32_t *) (table + tq_pair_offset(w.codes[s], 3, lane_offset));
+    if constexpr (kind == TQ_KIND_TCQ) {
+        a[0] ^= tq_sign_of_key(signs, s, 0);
+        a[2] ^= tq_sign_of_key(signs, s, 1);
+        a[1] ^= tq_sign_of_key(signs, s, 2);
+        a[3] ^= tq_sign_of_key(signs, s, 3);
+    }
+}
+
+static __device__ __forceinline__ void tq_sketch_operand(const tq_pair_signs & signs, int s, uint32_t * a) {
+    a[0] = tq_sign_of_key(signs, s, 0) | 0x3c003c00; // +-1
+    a[2] = tq_sign_of_key(signs, s, 1) | 0x3c003c00;
+    a[1] = tq_sign_of_key(signs, s, 2) | 0x3c003c00;
+    a[3] = tq_sign_of_key(signs, s, 3) | 0x3c003c00;
+}
+
+// coordinates 2*m and 2*m + 1 of the four that a lane's pairs are of; h is the half step (tq_attention_parts)
+template <tq_kind kind>
+static __device__ __forceinline__ void tq_value_operand(const char * table, uint32_t lane_offset, const tq_value_pairs & p,
+        uint32_t signs_ab, uint32_t signs_cd, int h, int m, uint32_t * a) {
+    a[0] = *(const uint32_t *) (table + 128 + tq_pair_offset(p.even, m,     lane_offset));
+    a[1] = *(const uint32_t *) (table + 128 + tq_pair_offset(p.odd,  m,     lane_offset));
+    a[2] = *(const uint32_t *) (table + 128 + tq_pair_offset(p.even, m + 2, lane_offset));
+    a[3] = *(const uint32_t *) (table + 128 + tq_pair_offset(p.odd,  m + 2, lane_offset));
+    if constexpr (kind == TQ_KIND_TCQ) {
+        const int even = 15 - 8*m - 2*h;
+        const int odd  = even - 4;
+        a[0] ^= (signs_ab << even) & 0x80008000;
+        a[1] ^= (signs_ab << odd ) & 0x80008000;
+        a[2] ^= (signs_cd << even) & 0x80008000;
+        a[3] ^= (signs_cd << odd ) & 0x80008000;
+    }
+}
+
+//
+// centered keys (docs/format.md section 10)
+//
+// What a row's score gains at position p is the sum of wc*cos(p*w) + ws*sin(p*w) over pairs, with weights of the row. Cells
+// mostly hold positions in order. For a span of 64 cells the weights are turned to the position of the first (exactly, in
+// f32), and tensor cores multiply them, in f16, with the cosines less 1 and sines of 0 ... 63; what the 1 stands for is added
+// in f32, so slow pairs, whose centers are the largest, lose nothing. Tiles with other positions are computed as they are.
+
+template <typename cfg> struct tq_center_shared {
+    char * base;
+
+    static constexpr int D = cfg::n_blocks*64;
+
+    // [position/16][step][lane]: operand of cosines and sines
+    __device__ uint4 * steps() const { return (uint4 *) base; }
+    // [span][row/8][step][lane]: operand of turned weights
+    __device__ uint32_t * turned() const { return (uint32_t *) (base + 64*D*2); }
+    // [span][pair/32][row]: the sum of turned weights of cosines
+    __device__ float * sums() const { return (float *) (base + 64*D*2 + cfg::n_spans*cfg::n_rows*D*2); }
+    // [span]
+    __device__ int * first() const { return (int *) (sums() + cfg::n_spans*cfg::n_rows*D/64); }
+
+    static __device__ int n_steps(const tq_key_center & c) { return (c.n_rot + 15)/16; }
+    static __device__ int n_groups(const tq_key_center & c) { return (c.n_rot/2 + 31)/32; }
+
+    // weights [pair][row] of (wc, ws), then [row] of what does not turn; the operand of cosines and sines. The center m of a
+    // key head is looked up here and nowhere else.
+    __device__ void start(const tq_attention_args & args, float * weights, int row0, int n_rows_used, int head, int stream, float q_scale) const {
+        const tq_key_center & c = args.center;
+        const float * m = c.centers + (int64_t) head*c.head_dim;
+        const int group   = args.n_head/args.n_head_kv;
+        const int n_pairs = c.n_rot/2;
+        for (int i = threadIdx.x; i < cfg::n_rows*(n_pairs + 1); i += 32*cfg::n_warps) {
+            const int row  = i % cfg::n_rows;
+            const int pair = i / cfg::n_rows;
+            float wc = 0.0f;
+            float ws = 0.0f;
+            if (row < n_rows_used) {
+                const float * q = (const float *) ((const char *) args.q + (row0 + row)/group*args.q_nb[0] +
+                    (head*group + (row0 + row) % group)*args.q_nb[1] + stream*args.q_nb[2]);
+                if (pair < n_pairs) {
+                    const int a = c.neox ? pair           : 2*pair;
+                    const int b = c.neox ? pair + n_pairs : 2*pair + 1;
+                    wc = q_scale*(q[a]*m[a] + q[b]*m[b]);
+                    ws = q_scale*(q[b]*m[a] - q[a]*m[b]);
+                } else {
+                    for (int k = c.n_rot; k < D; ++k) {
+                        wc += q_scale*q[k]*m[k];
+                    }
+                }
+            }
+            if (pair < n_pairs) {
+                ((float2 *) weights)[pair*cfg::n_rows + row] = make_float2(wc, ws);
+            } else {
+                weights[cfg::n_rows*D + row] = wc;
+            }
+        }
+        for (int i = threadIdx.x; i < 4*n_steps(c)*32; i += 32*cfg::n_warps) {
+            const int g    = i % 32 / 4;
+            const int j    = i % 4;
+            const int step = i / 32 % n_steps(c);
+            const int tile = i / 32 / n_steps(c);
+            uint32_t a[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const int pair = 8*step + j + 4*(k/2);
+                const float * row = c.table + (16*tile + g + 8*(k % 2))*c.n_rot + pair;
+                a[k] = pair < n_pairs ? tq_pack(row[0] - 1.0f, row[n_pairs]) : 0;
+            }
+            steps()[i] = make_uint4(a[0], a[1], a[2], a[3]);
+        }
+    }
+
+    // weights for the spans from a cell on; all warps take part
+    __device__ void turn(const tq_attention_args & args, const float * weights, int n_rows_used, int stream, int cell) const {
+        const tq_key_center & c = args.center;
+        const int lane = threadIdx.x % 32;
+        for (int i = threadIdx.x/32; i < cfg::n_spans*n_groups(c); i += cfg::n_warps) {
+            const int span = i / n_groups(c);
+            const int pair = 32*(i % n_groups(c)) + lane;
+            if (cell + 64*span >= args.n_kv) {
+                continue;
+            }
+            const int p = c.pos[(int64_t) stream*args.n_kv + cell + 64*span];
+            if (lane == 0) {
+                first()[span] = max(p, 0); // as tq_center_turn takes it
+            }
+            const float2 at = pair < c.n_rot/2 ? tq_center_turn(c, pair, p) : make_float2(0.0f, 0.0f);
+            for (int row = 0; row < n_rows_used; ++row) {
+                const float2 w = pair < c.n_rot/2 ? ((const float2 *) weights)[pair*cfg::n_rows + row] : make_float2(0.0f, 0.0f);
+                const float wc = w.x*at.x + w.y*at.y;
+                const float ws = w.y*at.x - w.x*at.y;
+                if (pair < 8*n_steps(c)) {
+                    turned()[2*(((span*(cfg::n_rows/8) + row/8)*n_steps(c) + pair/8)*32 + row % 8*4 + pair % 4) + pair/4 % 2] = tq_pack(wc, ws);
+                }
+                float sum = wc;
+#pragma unroll
+                for (int h = 16; h > 0; h /= 2) {
+                    sum += __shfl_xor_sync(TQ_WARP, sum, h);
+                }
+                if (lane == 0) {
+                    sums()[i*cfg::n_rows + row] = sum;
+                }
+            }
+        }
+    }
+
+    // s += the centers' part of the scores of a tile
+    template <int R8> __device__ void score(const tq_attention_args & args, const float * weights, int stream, int cell, int round,
+            const bool * valid, const float (*bias)[4], float (*s)[4]) const {
+        const tq_key_center & c = args.center;
+        const int lane = threadIdx.x % 32;
+        const int warp = threadIdx.x / 32;
+        const int g    = lane / 4;
+        const int j    = lane % 4;
+        const int span = round*(cfg::n_warps/4) + warp/4;
+        const int tile = warp % 4;
+
+        int  p[2];
+        bool in_order = true;
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+            bool seen = false;
+#pragma unroll
+            for (int r = 0; r < R8; ++r) {
+                seen |= bias[r][2*t] != -INFINITY || bias[r][2*t + 1] != -INFINITY;
+            }
+            p[t] = valid[t] ? c.pos[(int64_t) stream*args.n_kv + cell + g + 8*t] : 0;
+            in_order &= !seen || p[t] == first()[span] + 16*tile + g + 8*t;
+        }
+        if (__all_sync(TQ_WARP, in_order)) {
+#pragma unroll
+            for (int r = 0; r < R8; ++r) {
+                const float * rest = weights + cfg::n_rows*D + 8*r + 2*j;
+                float acc[4] = { rest[0], rest[1], rest[0], rest[1] };
+                for (int i = 0; i < n_groups(c); ++i) {
+                    const float * sum = sums() + (span*n_groups(c) + i)*cfg::n_rows + 8*r + 2*j;
+                    acc[0] += sum[0];
+                    acc[1] += sum[1];
+                    acc[2] += sum[0];
+                    acc[3] += sum[1];
+                }
+                s[r][0] += acc[0];
+                s[r][1] += acc[1];
+                s[r][2] += acc[2];
+                s[r][3] += acc[3];
+            }
+            const int n = n_steps(c);
+#pragma unroll 2
+            for (int step = 0; step < n; ++step) {
+                const uint4 w = steps()[(tile*n + step)*32 + lane];
+                const uint32_t a[4] = { w.x, w.y, w.z, w.w };
+#pragma unroll
+                for (int r = 0; r < R8; ++r) {
+                    const uint2 b = ((const uint2 *) turned())[((span*R8 + r)*n + step)*32 + lane];
+                    tq_mma(s[r], a, b.x, b.y);
+                }
+            }
+            return;
+        }
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+            float sum[R8][2];
+#pragma unroll
+            for (int r = 0; r < R8; ++r) {
+                sum[r][0] = weights[cfg::n_rows*D + 8*r + 2*j];
+                sum[r][1] = weights[cfg::n_rows*D + 8*r + 2*j + 1];
+            }
+#pragma unroll 1
+            for (int pair = 0; pair < c.n_rot/2; ++pair) {
+                const float2 at = tq_center_turn(c, pair, p[t]);
+#pragma unroll
+                for (int r = 0; r < R8; ++r) {
+                    const float2 * w = (const float2 *) weights + pair*cfg::n_rows + 8*r + 2*j;
+                    sum[r][0] += w[0].x*at.x + w[0].y*at.y;
+                    sum[r][1] += w[1].x*at.x + w[1].y*at.y;
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < R8; ++r) {
+                s[r][2*t    ] += sum[r][0];
+                s[r][2*t + 1] += sum[r][1];
+            }
+        }
+    }
+};
+
+template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
+static __global__ void __launch_bounds__(32*tq_attention_config<D, R8, k_kind, k_bits, v_kind, v_bits>::n_warps, 1)
+tq_attention_parts(const __grid_constant__ tq_attention_args args) {
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_AMPERE
+    using cfg = tq_attention_config<D, R8, k_kind, k_bits, v_kind, v_bits>;
+    using k_row = typename cfg::k_row;
+    using v_row = typename cfg::v_row;
+    constexpr int n_warps  = cfg::n_warps;
+    constexpr int n_blocks = cfg::n_blocks;
+    constexpr int n_rows   = cfg::n_rows;
+
+    extern __shared__ __align__(256) char shared[];
+    char  * const table    = shared;
+    half  * const q_shared = (half *) (shared + cfg::table_bytes);
+    float * const weights  = (float *) (shared + cfg::table_bytes + cfg::q_bytes);         // [D/2][n_rows][2], [n_rows]
+    char  * const stages   = shared + cfg::table_bytes + cfg::q_bytes + cfg::weight_bytes;
+    const tq_center_shared<cfg> centers = { shared + cfg::loop_bytes };
+    __shared__ half levels[2][16];
+
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    const int g    = lane / 4;
+    const int j    = lane % 4;
+
+    const int split  = blockIdx.y;
+    const int head   = blockIdx.x % args.n_head_kv;
+    const int row0   = blockIdx.x / args.n_head_kv*n_rows;
+    const int stream = blockIdx.z;
+    const int group  = args.n_head/args.n_head_kv;
+    const int n_rows_used = min(n_rows, group*args.n_q - row0);
+
+    // pairs of levels
+    if (threadIdx.x < 16) {
+        levels[0][threadIdx.x] = __float2half_rn(tq_level<k_kind, k_bits>(args.k_codec, threadIdx.x));
+    } else if (threadIdx.x < 32) {
+        levels[1][threadIdx.x - 16] = __float2half_rn(tq_level<v_kind, v_bits>(args.v_codec, threadIdx.x - 16));
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < cfg::table_bytes/16; i += 32*n_warps) {
+        const int entry = i / 16;
+        const half * of = levels[i / 8 % 2];
+        const half2 pair = __halves2half2(of[entry & 15], of[entry >> 4]);
+        const uint32_t w = *(const uint32_t *) &pair;
+        ((uint4 *) table)[i] = make_uint4(w, w, w, w);
+    }
+
+    ggml_cuda_pdl_sync();
+
+    // what this warp reads
+    const char * k_base = args.k + head*args.k_nb[1] + stream*args.k_nb[2];
+    const char * v_base = args.v + head*args.v_nb[1] + stream*args.v_nb[2];
+    const int first = split*args.n_iter*n_warps + warp; // tile
+    char * const stage0 = stages + warp*cfg::n_stages*cfg::stage_bytes;
+    const uint32_t stage0_address = (uint32_t) __cvta_generic_to_shared(stage0);
+
+    const auto issue = [&](int it) {
+        const int cell = (first + it*n_warps)*TQ_TILE;
+        if (it < args.n_iter && cell < args.n_kv) {
+            const uint32_t dst = stage0_address + it % cfg::n_stages*cfg::stage_bytes;
+            const int n_cells  = args.n_kv - cell;
+            tq_copy_tile<k_row>(dst, k_base + cell*args.k_nb[0], args.k_nb[0], n_cells, lane);
+            tq_copy_tile<v_row>(dst + TQ_TILE*k_row::pitch, v_base + cell*args.v_nb[0], args.v_nb[0], n_cells, lane);
+        }
+        tq_copy_commit();
+    };
+#pragma unroll
+    for (int it = 0; it < cfg::n_stages - 1; ++it) {
+        issue(it);
+    }
+
+    // queries, rotated, as the operands of the steps: [row/8][block][s][lane][n]
+    const float q_scale = args.cap != 0.0f ? args.scale/args.cap : args.scale*1.44269504f;
+    for (int i = warp; i < n_rows*n_blocks; i += n_warps) {
+        const int row = i / n_blocks;
+        const int b   = i % n_blocks;
+        float2 x = make_float2(0.0f, 0.0f);
+        if (row < n_rows_used) {
+            const float * q = (const float *) ((const char *) args.q + (row0 + row)/group*args.q_nb[0] +
+                (head*group + (row0 + row) % group)*args.q_nb[1] + stream*args.q_nb[2]) + 64*b + lane;
+            x = make_float2(q[0]*q_scale, q[32]*q_scale);
+            if (args.center.pos) {
+                x.x *= tq_center_scale(args.center, head, 64*b + lane,      2);
+                x.y *= tq_center_scale(args.center, head, 64*b + lane + 32, 2);
+            }
+            x = tq_rht(x, args.k_codec.rotation, lane);
+        }
+        half * dst = q_shared + ((row/8*n_blocks + b)*4 + lane % 4)*128 + row % 8*16 + lane % 16/4;
+        dst[lane/16*4    ] = __float2half_rn(x.x);
+        dst[lane/16*4 + 8] = __float2half_rn(x.y);
+        if constexpr (k_kind == TQ_KIND_QJL) {
+            x = tq_scale(tq_rht(x, args.k_codec.sketch, lane), args.k_codec.kappa);
+            dst += n_rows*D;
+            dst[lane/16*4    ] = __float2half_rn(x.x);
+            dst[lane/16*4 + 8] = __float2half_rn(x.y);
+        }
+    }
+
+    if (args.center.pos) {
+        centers.start(args, weights, row0, n_rows_used, head, stream, q_scale);
+    }
+    __syncthreads();
+
+    uint2 q_frag[cfg::q_in_registers ? R8*n_blocks*4 : 1];
+    uint2 f_frag[cfg::q_in_registers && k_kind == TQ_KIND_QJL ? R8*n_blocks*4 : 1];
+    const uint2 * q_at = (const uint2 *) q_shared + lane;
+    if constexpr (cfg::q_in_registers) {
+#pragma unroll
+        for (int i = 0; i < R8*n_blocks*4; ++i) {
+            q_frag[i] = q_at[32*i];
+            if constexpr (k_kind == TQ_KIND_QJL) {
+                f_frag[i] = q_at[32*(i + R8*n_blocks*4)];
+            }
+        }
+    }
+
+    // rows 2*j and 2*j + 1 of each eight are this lane's
+    float slope[R8][2];
+    const half * mask[R8][2];
+#pragma unroll
+    for (int r = 0; r < R8; ++r) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int row = min(row0 + 8*r + 2*j + e, group*args.n_q - 1);
+            slope[r][e] = 1.44269504f;
+            if (args.max_bias > 0.0f) {
+                const int   h  = head*group + row % group;
+                const int   n2 = 1 << (31 - __clz(args.n_head));
+                const float m0 = exp2f(-args.max_bias/n2);
+                const float m1 = exp2f(-args.max_bias/n2/2.0f);
+                slope[r][e] *= h < n2 ? powf(m0, h + 1) : powf(m1, 2*(h - n2) + 1);
+            }
+            mask[r][e] = args.mask ? (const half *) ((const char *) args.mask + row/group*args.mask_nb1 + stream % args.mask_ne3*args.mask_nb3) : nullptr;
+        }
+    }
+
+    float m[R8][2], l[R8][2];
+    float o[R8][n_blocks*4][4];
+    float d_ref = 1e-9f; // values are scaled by its reciprocal, so that weights times scales fit f16
+    float d_inv = 1e9f;
+#pragma unroll
+    for (int r = 0; r < R8; ++r) {
+        m[r][0] = m[r][1] = -1e30f;
+        l[r][0] = l[r][1] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < n_blocks*4; ++i) {
+            o[r][i][0] = o[r][i][1] = o[r][i][2] = o[r][i][3] = 0.0f;
+        }
+    }
+    const uint32_t lane_offset = 4*lane;
+
+    for (int it = 0; it < args.n_iter; ++it) {
+        issue(it + cfg::n_stages - 1);
+        if (args.center.pos && it % cfg::n_rounds == 0) {
+            __syncthreads();
+            centers.turn(args, weights, n_rows_used, stream, (split*args.n_iter + it)*n_warps*TQ_TILE);
+            __syncthreads();
+        }
+
+        const int cell = (first + it*n_warps)*TQ_TILE;
+        const bool valid[2] = { cell + g < args.n_kv, cell + g + 8 < args.n_kv };
+
+        // masks, base 2; -inf where there is no cell
+        float bias[R8][4];
+#pragma unroll
+        for (int r = 0; r < R8; ++r) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                bias[r][i] = !valid[i/2] ? -INFINITY : args.mask ? __half2float(mask[r][i % 2][cell + g + 8*(i/2)])*slope[r][i % 2] : 0.0f;
+            }
+        }
+
+        tq_copy_wait<cfg::n_stages - 1>();
+        __syncwarp();
+        if (cell < args.n_kv) {
+            const char * k_stage = stage0 + it % cfg::n_stages*cfg::stage_bytes;
+            const char * v_stage = k_stage + TQ_TILE*k_row::pitch;
+            const char * kx = k_stage +  g     *k_row::pitch + ((uint32_t) (uintptr_t) (k_base + (cell + g    )*args.k_nb[0]) & 15);
+            const char * ky = k_stage + (g + 8)*k_row::pitch + ((uint32_t) (uintptr_t) (k_base + (cell + g + 8)*args.k_nb[0]) & 15);
+            const char * vx = v_stage +  g     *v_row::pitch + ((uint32_t) (uintptr_t) (v_base + (cell + g    )*args.v_nb[0]) & 15);
+            const char * vy = v_stage + (g + 8)*v_row::pitch + ((uint32_t) (uintptr_t) (v_base + (cell + g + 8)*args.v_nb[0]) & 15);
+
+            float s[R8][4];
+#pragma unroll
+            for (int r = 0; r < R8; ++r) {
+                s[r][0] = s[r][1] = s[r][2] = s[r][3] = 0.0f;
+            }
+#pragma unroll
+            for (int b = 0; b < n_blocks; ++b) {
+                constexpr int size = k_row::block;
+                const tq_words w = tq_read_block<k_kind, k_bits>(kx + b*size, ky + b*size, j);
+                const tq_pair_signs signs = tq_signs_of_keys(w.signs);
+                float acc[R8][4] = {};
+#pragma unroll
+                for (int st = 0; st < 4; ++st) {
+                    uint32_t a[4];
+                    tq_key_operand<k_kind>(table, lane_offset, w, signs, st, a);
+#pragma unroll
+                    for (int r = 0; r < R8; ++r) {
+                        const int   i = (r*n_blocks + b)*4 + st;
+                        const uint2 q = cfg::q_in_registers ? q_frag[cfg::q_in_registers ? i : 0] : q_at[32*i];
+                        tq_mma(acc[r], a, q.x, q.y);
+                    }
+                    if constexpr (k_kind == TQ_KIND_QJL) {
+                        tq_sketch_operand(signs, st, a);
+#pragma unroll
+                        for (int r = 0; r < R8; ++r) {
+                            const int   i = (r*n_blocks + b)*4 + st;
+                            const uint2 f = cfg::q_in_registers ? f_frag[cfg::q_in_registers ? i : 0] : q_at[32*(i + R8*n_blocks*4)];
+                            tq_mma(acc[r], a, f.x, f.y);
+                        }
+                    }
+                }
+                const float dx = tq_read_scale(kx + b*size);
+                const float dy = tq_read_scale(ky + b*size);
+#pragma unroll
+                for (int r = 0; r < R8; ++r) {
+                    s[r][0] += dx*acc[r][0];
+                    s[r][1] += dx*acc[r][1];
+                    s[r][2] += dy*acc[r][2];
+                    s[r][3] += dy*acc[r][3];
+                }
+            }
+
+            if (args.center.pos) {
+                centers.template score<R8>(args, weights, stream, cell, it % cfg::n_rounds, valid, bias, s);
+            }
+
+            bool raise = false;
+#pragma unroll
+            for (int r = 0; r < R8; ++r) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (args.cap != 0.0f) { // cap*tanh(s)
+                        s[r][i] = args.cap*1.44269504f*(1.0f - 2.0f/(1.0f + tq_exp2(2.88539008f*s[r][i])));
+                    }
+                    s[r][i] = bias[r][i] == -INFINITY ? -INFINITY : s[r][i] + bias[r][i];
+                    raise |= s[r][i] > m[r][i % 2] + 6.0f;
+                }
+            }
+            float dx[n_blocks], dy[n_blocks];
+#pragma unroll
+            for (int b = 0; b < n_blocks; ++b) {
+                constexpr int size = v_row::block;
+                dx[b] = valid[0] ? tq_read_scale(vx + b*size) : 0.0f;
+                dy[b] = valid[1] ? tq_read_scale(vy + b*size) : 0.0f;
+                raise |= fmaxf(dx[b], dy[b]) > 8.0f*d_ref;
+            }
+            if (__any_sync(TQ_WARP, raise)) { // rare after the first tiles
+                float d_max = d_ref;
+#pragma unroll
+                for (int b = 0; b < n_blocks; ++b) {
+                    d_max = fmaxf(d_max, fmaxf(dx[b], dy[b]));
+                }
+                d_max = tq_max_of_cells(d_max); // the same in all j
+                const float d_down = d_ref/d_max;
+                d_ref = d_max;
+                d_inv = 1.0f/d_max;
+#pragma unroll
+                for (int r = 0; r < R8; ++r) {
+                    float down[2];
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const float top = fmaxf(m[r][e], tq_max_of_cells(fmaxf(s[r][e], s[r][e + 2])));
+                        down[e] = tq_exp2(m[r][e] - top);
+                        m[r][e] = top;
+                        l[r][e] *= down[e];
+                        down[e] *= d_down;
+                    }
+#pragma unroll
+                    for (int i = 0; i < n_blocks*4; ++i) {
+                        o[r][i][0] *= down[0];
+                        o[r][i][1] *= down[1];
+                        o[r][i][2] *= down[0];
+                        o[r][i][3] *= down[1];
+                    }
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < R8; ++r) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    s[r][i] = tq_exp2(s[r][i] - m[r][i % 2]);
+                    l[r][i % 2] += s[r][i];
+                }
+            }
+
+#pragma unroll
+            for (int b = 0; b < n_blocks; ++b) {
+                constexpr int size = v_row::block;
+                const tq_words w = tq_read_block<v_kind, v_bits>(vx + b*size, vy + b*size, j);
+                // weights of cells, times their scales
+                uint32_t p0[R8], p1[R8];
+                const float ex = dx[b]*d_inv;
+                const float ey = dy[b]*d_inv;
+#pragma unroll
+                for (int r = 0; r < R8; ++r) {
+                    p0[r] = tq_transpose(tq_pack(s[r][0] == 0.0f ? 0.0f : s[r][0]*ex, s[r][1] == 0.0f ? 0.0f : s[r][1]*ex));
+                    p1[r] = tq_transpose(tq_pack(s[r][2] == 0.0f ? 0.0f : s[r][2]*ey, s[r][3] == 0.0f ? 0.0f : s[r][3]*ey));
+                }
+                uint32_t signs_ab = 0;
+                uint32_t signs_cd = 0;
+                if constexpr (v_kind == TQ_KIND_TCQ) {
+                    signs_ab = tq_transpose(__byte_perm(w.signs, 0, 0x1010)) >> (g & 1);
+                    signs_cd = tq_transpose(__byte_perm(w.signs, 0, 0x3232)) >> (g & 1);
+                }
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const tq_value_pairs pairs = tq_pairs_of_values(
+                        tq_transpose(tq_both_low (w.codes[2*h], w.codes[2*h + 1])),
+                        tq_transpose(tq_both_high(w.codes[2*h], w.codes[2*h + 1])));
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        uint32_t a[4];
+                        tq_value_operand<v_kind>(table, lane_offset, pairs, signs_ab, signs_cd, h, i, a);
+#pragma unroll
+                        for (int r = 0; r < R8; ++r) {
+                            tq_mma(o[r][4*b + 2*h + i], a, p0[r], p1[r]);
+                        }
+                    }
+                }
+            }
+        }
+        __syncwarp();
+    }
+    tq_copy_wait<0>();
+    ggml_cuda_pdl_lc();
+
+    // the warps' parts become one
+    __syncthreads();
+    float2 * merge_ml = (float2 *) shared;                         // [n_warps][n_rows]
+    float  * merge_o  = (float *) (merge_ml + n_warps*n_rows);     // [n_warps][n_rows][D]
+#pragma unroll
+    for (int r = 0; r < R8; ++r) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            l[r][e] = tq_sum_of_cells(l[r][e]);
+            if (g == 0) {
+                merge_ml[warp*n_rows + 8*r + 2*j + e] = make_float2(m[r][e], l[r][e]);
+            }
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < R8; ++r) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float top = -1e30f;
+            for (int w = 0; w < n_warps; ++w) {
+                top = fmaxf(top, merge_ml[w*n_rows + 8*r + 2*j + e].x);
+            }
+            const float down = tq_exp2(m[r][e] - top)*d_ref;
+            float * dst = merge_o + (warp*n_rows + 8*r + 2*j + e)*D + 16*(g >> 1) + (g & 1);
+#pragma unroll
+            for (int b = 0; b < n_blocks; ++b) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) { // coordinate 4*n + 2*h + (g & 1) of the halfword
+                        dst[64*b + 4*n + 2*h] = o[r][4*b + 2*h + n/2][e + 2*(n % 2)]*down;
+                    }
+                }
+            }
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_rows_used*D; i += 32*n_warps) {
+        const int row = i / D;
+        const int x   = i % D;
+        const int64_t at = (((int64_t) stream*args.n_q + (row0 + row)/group)*args.n_head + head*group + (row0 + row) % group)*args.n_splits + split;
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < n_warps; ++w) {
+            sum += merge_o[(w*n_rows + row)*D + x];
+        }
+        args.part_o[at*D + x] = sum;
+        if (x == 0) {
+            float top = -1e30f;
+            float all = 0.0f;
+            for (int w = 0; w < n_warps; ++w) {
+                top = fmaxf(top, merge_ml[w*n_rows + row].x);
+            }
+            for (int w = 0; w < n_warps; ++w) {
+                all += merge_ml[w*n_rows + row].y*tq_exp2(merge_ml[w*n_rows + row].x - top);
+            }
+            args.part_ml[at] = make_float2(top, all);
+        }
+    }
+#else
+    GGML_UNUSED(args);
+    NO_DEVICE_CODE;
+#endif // __CUDA_ARCH__ >= GGML_CUDA_CC_AMPERE
+}
+
+// what a launch of one instance needs
+struct tq_attention_kernel {
+    void (*launch)(const tq_attention_args & args, dim3 grid, cudaStream_t stream);
+    int n_warps, n_rows, shared_bytes;
+};
+
+template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
+static tq_attention_kernel tq_attention_instance() {
+    using cfg = tq_attention_config<D, R8, k_kind, k_bits, v_kind, v_bits>;
+    return { [](const tq_attention_args & args, dim3 grid, cudaStream_t stream) {
+        const auto kernel = tq_attention_parts<D, R8, k_kind, k_bits, v_kind, v_bits>;
+        CUDA_SET_SHARED_MEMORY_LIMIT(kernel, cfg::shared_bytes + cfg::center_bytes);
+        const size_t shared_bytes = cfg::shared_bytes + (args.center.pos ? cfg::center_bytes : 0);
+        ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, dim3(32*cfg::n_warps), shared_bytes, stream), args);
+    }, cfg::n_warps, cfg::n_rows, cfg::shared_bytes + cfg::center_bytes };
+}
+
+// the instances of one key type; { nullptr, ... } where there is none
+template <tq_kind k_kind, int k_bits> tq_attention_kernel tq_attention_find(ggml_type v_type, int head_dim, int n_rows);
