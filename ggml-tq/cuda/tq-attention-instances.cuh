@@ -6,12 +6,22 @@
 
 template <tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
 static tq_attention_kernel tq_attention_of(int head_dim, int n_rows) {
+#ifdef TQ_FEW
+    if (head_dim == 128 && n_rows <= 8) {
+        if constexpr (k_kind == v_kind && k_bits == v_bits && k_bits > 2) {
+            return tq_attention_instance<128, 1, k_kind, k_bits, v_kind, v_bits>();
+        }
+    }
+    return {};
+#else
     switch (head_dim) {
         case  64: return n_rows <= 8 ? tq_attention_instance< 64, 1, k_kind, k_bits, v_kind, v_bits>() : tq_attention_instance< 64, 2, k_kind, k_bits, v_kind, v_bits>();
         case 128: return n_rows <= 8 ? tq_attention_instance<128, 1, k_kind, k_bits, v_kind, v_bits>() : tq_attention_instance<128, 2, k_kind, k_bits, v_kind, v_bits>();
+        case 192: return tq_attention_instance<192, 1, k_kind, k_bits, v_kind, v_bits>();
         case 256: return tq_attention_instance<256, 1, k_kind, k_bits, v_kind, v_bits>();
         default:  return {};
     }
+#endif
 }
 
 template <tq_kind k_kind, int k_bits> tq_attention_kernel tq_attention_find(ggml_type v_type, int head_dim, int n_rows) {

@@ -31,7 +31,7 @@ bool ggml_tq_cuda_attention_supported(int device, const ggml_tensor * dst) {
             q->ne[3] != k->ne[3] || q->ne[3] != v->ne[3] || q->ne[2] % k->ne[2] != 0 || k->ne[2] != v->ne[2] || q->ne[3] > 65535) {
         return false;
     }
-    if (q->nb[0] != sizeof(float) || !aligned(k) || !aligned(v) || (mask && (mask->ne[2] != 1 || mask->nb[0] != sizeof(half)))) {
+    if (k->nb[1] > INT_MAX/TQ_TILE || v->nb[1] > INT_MAX/TQ_TILE || q->nb[0] != sizeof(float) || !aligned(k) || !aligned(v) || (mask && (mask->ne[2] != 1 || mask->nb[0] != sizeof(half)))) {
         return false;
     }
     if (ggml_get_op_params_i32(dst, 4) > 0) { // sparse attention
@@ -44,6 +44,7 @@ bool ggml_tq_cuda_attention_supported(int device, const ggml_tensor * dst) {
 // the parts' outputs, still rotated and not divided by the sum of weights, become one; a warp a block of 64
 static __global__ void tq_attention_combine(const float * part_o, const float2 * part_ml, const float * sinks, float * dst,
         uint64_t rotation, int n_splits, int n_head) {
+    ggml_cuda_pdl_lc();
     ggml_cuda_pdl_sync();
     const int lane = threadIdx.x % 32;
     const int b    = threadIdx.x / 32;

@@ -11,6 +11,12 @@
 #include "tq-kernel.cuh"
 
 #define TQ_TILE 16
+#ifndef TQ_STAGES
+#define TQ_STAGES 2
+#endif
+#ifndef TQ_WARPS
+#define TQ_WARPS 16
+#endif
 
 struct tq_attention_args {
     const char * k;
@@ -47,7 +53,7 @@ template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
     using v_row = tq_row_layout<D, v_bits>;
     static constexpr int n_blocks = D/64;
     static constexpr int n_rows   = 8*R8;
-    static constexpr int n_warps  = D*R8 <= 128 ? 16 : 8;
+    static constexpr int n_warps  = D*R8 <= 128 ? TQ_WARPS : 8;
     static constexpr bool q_in_registers = D*R8 <= 128;
 
     static constexpr int k_entries    = tq_pairs<k_kind, k_bits>::n_entries;
@@ -56,11 +62,8 @@ template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
     static constexpr int table_bytes  = 256*(k_entries > v_entries ? k_entries : v_entries);
     static constexpr int q_bytes      = n_rows*D*2*(k_kind == TQ_KIND_QJL ? 2 : 1);
     static constexpr int weight_bytes = n_rows*(D + 1)*4;
-    // centered keys: cells are seen to by spans of 64, the spans of some rounds of the warps at once
-    static constexpr int n_rounds     = D > 128 ? 1 : 2;
-    static constexpr int n_spans      = n_rounds*n_warps*TQ_TILE/64;
-    static constexpr int center_bytes = 64*D*2 + n_spans*n_rows*D*2 + n_spans*(n_rows*D/64*4 + 4);
-    static constexpr int n_stages     = stage_bytes*n_warps*3 + table_bytes <= 200*1024 ? 3 : 2;
+    static constexpr int center_bytes = 64*D*2 + n_warps*(n_rows*D*2 + n_rows*4);
+    static constexpr int n_stages     = TQ_STAGES;
     static constexpr int loop_bytes   = table_bytes + q_bytes + weight_bytes + n_stages*n_warps*stage_bytes;
     static constexpr int merge_bytes  = n_warps*n_rows*(D + 2)*4;
     static constexpr int shared_bytes = loop_bytes > merge_bytes ? loop_bytes : merge_bytes;
@@ -71,14 +74,14 @@ template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
 //
 
 static __device__ __forceinline__ void tq_mma(float * d, const uint32_t * a, uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // an 8x8 matrix of 16-bit numbers; lane 4*g + j has numbers 2*j and 2*j + 1 of row g
 static __device__ __forceinline__ uint32_t tq_transpose(uint32_t x) {
     uint32_t y;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
 }
 
@@ -124,22 +127,37 @@ static __device__ __forceinline__ float tq_sum_of_cells(float x) {
 // shared memory
 //
 
-// the rows of 16 cells; bytes around a row in its first and last 16 are read, never more
-template <typename row_layout>
-static __device__ __forceinline__ void tq_copy_tile(uint32_t dst, const char * src, int64_t nb1, int n_cells, int lane) {
-    constexpr int n_pieces = row_layout::n_pieces;
+// How a lane copies its part of the rows of a tile. Sixteen rows on, addresses have the same alignment, so this is found once.
+// Bytes around a row in its first and last 16 are read, never more.
+template <typename row> struct tq_copier {
+    static constexpr int n = (TQ_TILE*row::n_pieces + 31)/32;
+    const char * base;    // the tile's first row
+    int64_t  step;        // a tile
+    int      from[n];     // offset of a piece, INT_MIN where none is needed
+
+    __device__ tq_copier(const char * base, int64_t nb1, int lane) : base(base), step(TQ_TILE*nb1) {
 #pragma unroll
-    for (int i0 = 0; i0 < TQ_TILE*n_pieces; i0 += 32) {
-        const int i     = i0 + lane;
-        const int cell  = i / n_pieces;
-        const int piece = i % n_pieces;
-        const char * row   = src + cell*nb1;
-        const char * first = (const char *) ((uintptr_t) row & ~(uintptr_t) 15);
-        if ((TQ_TILE*n_pieces % 32 == 0 || i < TQ_TILE*n_pieces) && cell < n_cells && first + 16*piece < row + row_layout::bytes) {
-            tq_copy_16(dst + cell*row_layout::pitch + 16*piece, first + 16*piece);
+        for (int i = 0; i < n; ++i) {
+            const int cell  = (32*i + lane)/row::n_pieces;
+            const int piece = (32*i + lane)%row::n_pieces;
+            const int skew  = (int) ((uintptr_t) (base + cell*nb1) & 15);
+            from[i] = cell < TQ_TILE && 16*piece < row::bytes + skew ? (int) (cell*nb1) - skew + 16*piece : INT_MIN;
         }
     }
-}
+
+    // to shared memory, and on to the next tile
+    __device__ void copy(uint32_t dst, int n_cells, int lane) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const int cell  = (32*i + lane)/row::n_pieces;
+            const int piece = (32*i + lane)%row::n_pieces;
+            if (from[i] != INT_MIN && cell < n_cells) {
+                tq_copy_16(dst + cell*row::pitch + 16*piece, base + from[i]);
+            }
+        }
+        base += step;
+    }
+};
 
 // the lane's halfwords of a block of two cells
 template <tq_kind kind, int bits>
@@ -223,15 +241,11 @@ template <typename cfg> struct tq_center_shared {
 
     // [position/16][step][lane]: operand of cosines and sines
     __device__ uint4 * steps() const { return (uint4 *) base; }
-    // [span][row/8][step][lane]: operand of turned weights
-    __device__ uint32_t * turned() const { return (uint32_t *) (base + 64*D*2); }
-    // [span][pair/32][row]: the sum of turned weights of cosines
-    __device__ float * sums() const { return (float *) (base + 64*D*2 + cfg::n_spans*cfg::n_rows*D*2); }
-    // [span]
-    __device__ int * first() const { return (int *) (sums() + cfg::n_spans*cfg::n_rows*D/64); }
+    // of this warp: [row/8][step][lane]: operand of turned weights; [row]: the sums of turned weights of cosines
+    __device__ uint32_t * turned() const { return (uint32_t *) (base + 64*D*2 + threadIdx.x/32*(cfg::n_rows*D*2)); }
+    __device__ float * sums() const { return (float *) (base + 64*D*2 + cfg::n_warps*(cfg::n_rows*D*2)) + threadIdx.x/32*cfg::n_rows; }
 
     static __device__ int n_steps(const tq_key_center & c) { return (c.n_rot + 15)/16; }
-    static __device__ int n_groups(const tq_key_center & c) { return (c.n_rot/2 + 31)/32; }
 
     // weights [pair][row] of (wc, ws), then [row] of what does not turn; the operand of cosines and sines. The center m of a
     // key head is looked up here and nowhere else.
@@ -281,50 +295,48 @@ template <typename cfg> struct tq_center_shared {
         }
     }
 
-    // weights for the spans from a cell on; all warps take part
+    // weights for the span from a cell on
     __device__ void turn(const tq_attention_args & args, const float * weights, int n_rows_used, int stream, int cell) const {
         const tq_key_center & c = args.center;
         const int lane = threadIdx.x % 32;
-        for (int i = threadIdx.x/32; i < cfg::n_spans*n_groups(c); i += cfg::n_warps) {
-            const int span = i / n_groups(c);
-            const int pair = 32*(i % n_groups(c)) + lane;
-            if (cell + 64*span >= args.n_kv) {
-                continue;
-            }
-            const int p = c.pos[(int64_t) stream*args.n_kv + cell + 64*span];
-            if (lane == 0) {
-                first()[span] = max(p, 0); // as tq_center_turn takes it
-            }
-            const float2 at = pair < c.n_rot/2 ? tq_center_turn(c, pair, p) : make_float2(0.0f, 0.0f);
-            for (int row = 0; row < n_rows_used; ++row) {
-                const float2 w = pair < c.n_rot/2 ? ((const float2 *) weights)[pair*cfg::n_rows + row] : make_float2(0.0f, 0.0f);
-                const float wc = w.x*at.x + w.y*at.y;
-                const float ws = w.y*at.x - w.x*at.y;
-                if (pair < 8*n_steps(c)) {
-                    turned()[2*(((span*(cfg::n_rows/8) + row/8)*n_steps(c) + pair/8)*32 + row % 8*4 + pair % 4) + pair/4 % 2] = tq_pack(wc, ws);
-                }
-                float sum = wc;
+        const int p = c.pos[(int64_t) stream*args.n_kv + cell];
+        float2 at[D/64]; // pairs lane + 32*i
 #pragma unroll
-                for (int h = 16; h > 0; h /= 2) {
-                    sum += __shfl_xor_sync(TQ_WARP, sum, h);
+        for (int i = 0; i < D/64; ++i) {
+            at[i] = lane + 32*i < c.n_rot/2 ? tq_center_turn(c, lane + 32*i, p) : make_float2(0.0f, 0.0f);
+        }
+        for (int row = 0; row < n_rows_used; ++row) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < D/64; ++i) {
+                const int pair = lane + 32*i;
+                if (pair < 8*n_steps(c)) {
+                    const float2 w = pair < c.n_rot/2 ? ((const float2 *) weights)[pair*cfg::n_rows + row] : make_float2(0.0f, 0.0f);
+                    const float wc = w.x*at[i].x + w.y*at[i].y;
+                    const float ws = w.y*at[i].x - w.x*at[i].y;
+                    turned()[2*((row/8*n_steps(c) + pair/8)*32 + row % 8*4 + pair % 4) + pair/4 % 2] = tq_pack(wc, ws);
+                    sum += wc;
                 }
-                if (lane == 0) {
-                    sums()[i*cfg::n_rows + row] = sum;
-                }
+            }
+#pragma unroll
+            for (int h = 16; h > 0; h /= 2) {
+                sum += __shfl_xor_sync(TQ_WARP, sum, h);
+            }
+            if (lane == 0) {
+                sums()[row] = sum + weights[cfg::n_rows*D + row];
             }
         }
     }
 
     // s += the centers' part of the scores of a tile
-    template <int R8> __device__ void score(const tq_attention_args & args, const float * weights, int stream, int cell, int round,
+    template <int R8> __device__ void score(const tq_attention_args & args, const float * weights, int stream, int cell, int tile,
             const bool * valid, const float (*bias)[4], float (*s)[4]) const {
         const tq_key_center & c = args.center;
         const int lane = threadIdx.x % 32;
-        const int warp = threadIdx.x / 32;
         const int g    = lane / 4;
         const int j    = lane % 4;
-        const int span = round*(cfg::n_warps/4) + warp/4;
-        const int tile = warp % 4;
+        const int32_t * pos = c.pos + (int64_t) stream*args.n_kv + cell;
+        const int first = max(pos[-TQ_TILE*tile], 0); // of the span
 
         int  p[2];
         bool in_order = true;
@@ -335,25 +347,17 @@ template <typename cfg> struct tq_center_shared {
             for (int r = 0; r < R8; ++r) {
                 seen |= bias[r][2*t] != -INFINITY || bias[r][2*t + 1] != -INFINITY;
             }
-            p[t] = valid[t] ? c.pos[(int64_t) stream*args.n_kv + cell + g + 8*t] : 0;
-            in_order &= !seen || p[t] == first()[span] + 16*tile + g + 8*t;
+            p[t] = valid[t] ? pos[g + 8*t] : 0;
+            in_order &= !seen || p[t] == first + TQ_TILE*tile + g + 8*t;
         }
         if (__all_sync(TQ_WARP, in_order)) {
 #pragma unroll
             for (int r = 0; r < R8; ++r) {
-                const float * rest = weights + cfg::n_rows*D + 8*r + 2*j;
-                float acc[4] = { rest[0], rest[1], rest[0], rest[1] };
-                for (int i = 0; i < n_groups(c); ++i) {
-                    const float * sum = sums() + (span*n_groups(c) + i)*cfg::n_rows + 8*r + 2*j;
-                    acc[0] += sum[0];
-                    acc[1] += sum[1];
-                    acc[2] += sum[0];
-                    acc[3] += sum[1];
-                }
-                s[r][0] += acc[0];
-                s[r][1] += acc[1];
-                s[r][2] += acc[2];
-                s[r][3] += acc[3];
+                const float2 sum = *(const float2 *) (sums() + 8*r + 2*j);
+                s[r][0] += sum.x;
+                s[r][1] += sum.y;
+                s[r][2] += sum.x;
+                s[r][3] += sum.y;
             }
             const int n = n_steps(c);
 #pragma unroll 2
@@ -362,7 +366,7 @@ template <typename cfg> struct tq_center_shared {
                 const uint32_t a[4] = { w.x, w.y, w.z, w.w };
 #pragma unroll
                 for (int r = 0; r < R8; ++r) {
-                    const uint2 b = ((const uint2 *) turned())[((span*R8 + r)*n + step)*32 + lane];
+                    const uint2 b = ((const uint2 *) turned())[(r*n + step)*32 + lane];
                     tq_mma(s[r], a, b.x, b.y);
                 }
             }
@@ -446,17 +450,28 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     // what this warp reads
     const char * k_base = args.k + head*args.k_nb[1] + stream*args.k_nb[2];
     const char * v_base = args.v + head*args.v_nb[1] + stream*args.v_nb[2];
-    const int first = split*args.n_iter*n_warps + warp; // tile
+    const int first = (split*n_warps + warp)*args.n_iter*TQ_TILE; // cell
     char * const stage0 = stages + warp*cfg::n_stages*cfg::stage_bytes;
     const uint32_t stage0_address = (uint32_t) __cvta_generic_to_shared(stage0);
 
+    tq_copier<k_row> k_copier(k_base + first*args.k_nb[0], args.k_nb[0], lane);
+    tq_copier<v_row> v_copier(v_base + first*args.v_nb[0], args.v_nb[0], lane);
+    // this lane's rows in a stage, of cells g and g + 8
+    const int kx_at =  g     *k_row::pitch + ((uint32_t) (uintptr_t) (k_base + (first + g    )*args.k_nb[0]) & 15);
+    const int ky_at = (g + 8)*k_row::pitch + ((uint32_t) (uintptr_t) (k_base + (first + g + 8)*args.k_nb[0]) & 15);
+    const int vx_at =  g     *v_row::pitch + ((uint32_t) (uintptr_t) (v_base + (first + g    )*args.v_nb[0]) & 15) + TQ_TILE*k_row::pitch;
+    const int vy_at = (g + 8)*v_row::pitch + ((uint32_t) (uintptr_t) (v_base + (first + g + 8)*args.v_nb[0]) & 15) + TQ_TILE*k_row::pitch;
+
+    int n_iter = 0; // tiles of this warp
+    if (first < args.n_kv) {
+        n_iter = min(args.n_iter, (args.n_kv - first + TQ_TILE - 1)/TQ_TILE);
+    }
     const auto issue = [&](int it) {
-        const int cell = (first + it*n_warps)*TQ_TILE;
-        if (it < args.n_iter && cell < args.n_kv) {
+        if (it < n_iter) {
             const uint32_t dst = stage0_address + it % cfg::n_stages*cfg::stage_bytes;
-            const int n_cells  = args.n_kv - cell;
-            tq_copy_tile<k_row>(dst, k_base + cell*args.k_nb[0], args.k_nb[0], n_cells, lane);
-            tq_copy_tile<v_row>(dst + TQ_TILE*k_row::pitch, v_base + cell*args.v_nb[0], args.v_nb[0], n_cells, lane);
+            const int n_cells  = args.n_kv - first - it*TQ_TILE;
+            k_copier.copy(dst,                        n_cells, lane);
+            v_copier.copy(dst + TQ_TILE*k_row::pitch, n_cells, lane);
         }
         tq_copy_commit();
     };
@@ -512,7 +527,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
 
     // rows 2*j and 2*j + 1 of each eight are this lane's
     float slope[R8][2];
-    const half * mask[R8][2];
+    int mask_at[R8][2]; // row of the mask
 #pragma unroll
     for (int r = 0; r < R8; ++r) {
 #pragma unroll
@@ -526,9 +541,11 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
                 const float m1 = exp2f(-args.max_bias/n2/2.0f);
                 slope[r][e] *= h < n2 ? powf(m0, h + 1) : powf(m1, 2*(h - n2) + 1);
             }
-            mask[r][e] = args.mask ? (const half *) ((const char *) args.mask + row/group*args.mask_nb1 + stream % args.mask_ne3*args.mask_nb3) : nullptr;
+            mask_at[r][e] = row/group*(int) (args.mask_nb1/sizeof(half));
         }
     }
+
+    const half * mask = args.mask ? (const half *) ((const char *) args.mask + stream % args.mask_ne3*args.mask_nb3) + first + g : nullptr;
 
     float m[R8][2], l[R8][2];
     float o[R8][n_blocks*4][4];
@@ -545,174 +562,169 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     }
     const uint32_t lane_offset = 4*lane;
 
-    for (int it = 0; it < args.n_iter; ++it) {
+    for (int it = 0; it < n_iter; ++it) {
         issue(it + cfg::n_stages - 1);
-        if (args.center.pos && it % cfg::n_rounds == 0) {
-            __syncthreads();
-            centers.turn(args, weights, n_rows_used, stream, (split*args.n_iter + it)*n_warps*TQ_TILE);
-            __syncthreads();
-        }
 
-        const int cell = (first + it*n_warps)*TQ_TILE;
+        const int cell = first + it*TQ_TILE;
         const bool valid[2] = { cell + g < args.n_kv, cell + g + 8 < args.n_kv };
 
-        // masks, base 2; -inf where there is no cell
+        // masks; -inf where there is no cell
         float bias[R8][4];
 #pragma unroll
         for (int r = 0; r < R8; ++r) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                bias[r][i] = !valid[i/2] ? -INFINITY : args.mask ? __half2float(mask[r][i % 2][cell + g + 8*(i/2)])*slope[r][i % 2] : 0.0f;
+                bias[r][i] = !valid[i/2] ? -INFINITY : mask ? __half2float(mask[mask_at[r][i % 2] + it*TQ_TILE + 8*(i/2)]) : 0.0f;
             }
         }
 
+        if (args.center.pos && it % 4 == 0) {
+            centers.turn(args, weights, n_rows_used, stream, cell);
+        }
         tq_copy_wait<cfg::n_stages - 1>();
         __syncwarp();
-        if (cell < args.n_kv) {
-            const char * k_stage = stage0 + it % cfg::n_stages*cfg::stage_bytes;
-            const char * v_stage = k_stage + TQ_TILE*k_row::pitch;
-            const char * kx = k_stage +  g     *k_row::pitch + ((uint32_t) (uintptr_t) (k_base + (cell + g    )*args.k_nb[0]) & 15);
-            const char * ky = k_stage + (g + 8)*k_row::pitch + ((uint32_t) (uintptr_t) (k_base + (cell + g + 8)*args.k_nb[0]) & 15);
-            const char * vx = v_stage +  g     *v_row::pitch + ((uint32_t) (uintptr_t) (v_base + (cell + g    )*args.v_nb[0]) & 15);
-            const char * vy = v_stage + (g + 8)*v_row::pitch + ((uint32_t) (uintptr_t) (v_base + (cell + g + 8)*args.v_nb[0]) & 15);
+        const char * stage = stage0 + it % cfg::n_stages*cfg::stage_bytes;
+        const char * kx = stage + kx_at;
+        const char * ky = stage + ky_at;
+        const char * vx = stage + vx_at;
+        const char * vy = stage + vy_at;
 
-            float s[R8][4];
+        float s[R8][4];
 #pragma unroll
-            for (int r = 0; r < R8; ++r) {
-                s[r][0] = s[r][1] = s[r][2] = s[r][3] = 0.0f;
-            }
+        for (int r = 0; r < R8; ++r) {
+            s[r][0] = s[r][1] = s[r][2] = s[r][3] = 0.0f;
+        }
 #pragma unroll
-            for (int b = 0; b < n_blocks; ++b) {
-                constexpr int size = k_row::block;
-                const tq_words w = tq_read_block<k_kind, k_bits>(kx + b*size, ky + b*size, j);
-                const tq_pair_signs signs = tq_signs_of_keys(w.signs);
-                float acc[R8][4] = {};
+        for (int b = 0; b < n_blocks; ++b) {
+            constexpr int size = k_row::block;
+            const tq_words w = tq_read_block<k_kind, k_bits>(kx + b*size, ky + b*size, j);
+            const tq_pair_signs signs = tq_signs_of_keys(w.signs);
+            float acc[R8][4] = {};
 #pragma unroll
-                for (int st = 0; st < 4; ++st) {
-                    uint32_t a[4];
-                    tq_key_operand<k_kind>(table, lane_offset, w, signs, st, a);
+            for (int st = 0; st < 4; ++st) {
+                uint32_t a[4];
+                tq_key_operand<k_kind>(table, lane_offset, w, signs, st, a);
+#pragma unroll
+                for (int r = 0; r < R8; ++r) {
+                    const int   i = (r*n_blocks + b)*4 + st;
+                    const uint2 q = cfg::q_in_registers ? q_frag[cfg::q_in_registers ? i : 0] : q_at[32*i];
+                    tq_mma(acc[r], a, q.x, q.y);
+                }
+                if constexpr (k_kind == TQ_KIND_QJL) {
+                    tq_sketch_operand(signs, st, a);
 #pragma unroll
                     for (int r = 0; r < R8; ++r) {
                         const int   i = (r*n_blocks + b)*4 + st;
-                        const uint2 q = cfg::q_in_registers ? q_frag[cfg::q_in_registers ? i : 0] : q_at[32*i];
-                        tq_mma(acc[r], a, q.x, q.y);
-                    }
-                    if constexpr (k_kind == TQ_KIND_QJL) {
-                        tq_sketch_operand(signs, st, a);
-#pragma unroll
-                        for (int r = 0; r < R8; ++r) {
-                            const int   i = (r*n_blocks + b)*4 + st;
-                            const uint2 f = cfg::q_in_registers ? f_frag[cfg::q_in_registers ? i : 0] : q_at[32*(i + R8*n_blocks*4)];
-                            tq_mma(acc[r], a, f.x, f.y);
-                        }
+                        const uint2 f = cfg::q_in_registers ? f_frag[cfg::q_in_registers ? i : 0] : q_at[32*(i + R8*n_blocks*4)];
+                        tq_mma(acc[r], a, f.x, f.y);
                     }
                 }
-                const float dx = tq_read_scale(kx + b*size);
-                const float dy = tq_read_scale(ky + b*size);
-#pragma unroll
-                for (int r = 0; r < R8; ++r) {
-                    s[r][0] += dx*acc[r][0];
-                    s[r][1] += dx*acc[r][1];
-                    s[r][2] += dy*acc[r][2];
-                    s[r][3] += dy*acc[r][3];
-                }
             }
-
-            if (args.center.pos) {
-                centers.template score<R8>(args, weights, stream, cell, it % cfg::n_rounds, valid, bias, s);
-            }
-
-            bool raise = false;
+            const float dx = tq_read_scale(kx + b*size);
+            const float dy = tq_read_scale(ky + b*size);
 #pragma unroll
             for (int r = 0; r < R8; ++r) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if (args.cap != 0.0f) { // cap*tanh(s)
-                        s[r][i] = args.cap*1.44269504f*(1.0f - 2.0f/(1.0f + tq_exp2(2.88539008f*s[r][i])));
-                    }
-                    s[r][i] = bias[r][i] == -INFINITY ? -INFINITY : s[r][i] + bias[r][i];
-                    raise |= s[r][i] > m[r][i % 2] + 6.0f;
-                }
+                s[r][0] += dx*acc[r][0];
+                s[r][1] += dx*acc[r][1];
+                s[r][2] += dy*acc[r][2];
+                s[r][3] += dy*acc[r][3];
             }
-            float dx[n_blocks], dy[n_blocks];
+        }
+
+        if (args.center.pos) {
+            centers.template score<R8>(args, weights, stream, cell, it % 4, valid, bias, s);
+        }
+
+        bool raise = false;
+#pragma unroll
+        for (int r = 0; r < R8; ++r) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (args.cap != 0.0f) { // cap*tanh(s)
+                    s[r][i] = args.cap*1.44269504f*(1.0f - 2.0f/(1.0f + tq_exp2(2.88539008f*s[r][i])));
+                }
+                s[r][i] = bias[r][i] == -INFINITY ? -INFINITY : s[r][i] + bias[r][i]*slope[r][i % 2];
+                raise |= s[r][i] > m[r][i % 2] + 6.0f;
+            }
+        }
+        float dx[n_blocks], dy[n_blocks];
+#pragma unroll
+        for (int b = 0; b < n_blocks; ++b) {
+            constexpr int size = v_row::block;
+            dx[b] = valid[0] ? tq_read_scale(vx + b*size) : 0.0f;
+            dy[b] = valid[1] ? tq_read_scale(vy + b*size) : 0.0f;
+            raise |= fmaxf(dx[b], dy[b]) > 8.0f*d_ref;
+        }
+        if (__any_sync(TQ_WARP, raise)) { // rare after the first tiles
+            float d_max = d_ref;
 #pragma unroll
             for (int b = 0; b < n_blocks; ++b) {
-                constexpr int size = v_row::block;
-                dx[b] = valid[0] ? tq_read_scale(vx + b*size) : 0.0f;
-                dy[b] = valid[1] ? tq_read_scale(vy + b*size) : 0.0f;
-                raise |= fmaxf(dx[b], dy[b]) > 8.0f*d_ref;
+                d_max = fmaxf(d_max, fmaxf(dx[b], dy[b]));
             }
-            if (__any_sync(TQ_WARP, raise)) { // rare after the first tiles
-                float d_max = d_ref;
-#pragma unroll
-                for (int b = 0; b < n_blocks; ++b) {
-                    d_max = fmaxf(d_max, fmaxf(dx[b], dy[b]));
-                }
-                d_max = tq_max_of_cells(d_max); // the same in all j
-                const float d_down = d_ref/d_max;
-                d_ref = d_max;
-                d_inv = 1.0f/d_max;
-#pragma unroll
-                for (int r = 0; r < R8; ++r) {
-                    float down[2];
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const float top = fmaxf(m[r][e], tq_max_of_cells(fmaxf(s[r][e], s[r][e + 2])));
-                        down[e] = tq_exp2(m[r][e] - top);
-                        m[r][e] = top;
-                        l[r][e] *= down[e];
-                        down[e] *= d_down;
-                    }
-#pragma unroll
-                    for (int i = 0; i < n_blocks*4; ++i) {
-                        o[r][i][0] *= down[0];
-                        o[r][i][1] *= down[1];
-                        o[r][i][2] *= down[0];
-                        o[r][i][3] *= down[1];
-                    }
-                }
-            }
+            d_max = tq_max_of_cells(d_max); // the same in all j
+            const float d_down = d_ref/d_max;
+            d_ref = d_max;
+            d_inv = 1.0f/d_max;
 #pragma unroll
             for (int r = 0; r < R8; ++r) {
+                float down[2];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    s[r][i] = tq_exp2(s[r][i] - m[r][i % 2]);
-                    l[r][i % 2] += s[r][i];
+                for (int e = 0; e < 2; ++e) {
+                    const float top = fmaxf(m[r][e], tq_max_of_cells(fmaxf(s[r][e], s[r][e + 2])));
+                    down[e] = tq_exp2(m[r][e] - top);
+                    m[r][e] = top;
+                    l[r][e] *= down[e];
+                    down[e] *= d_down;
+                }
+#pragma unroll
+                for (int i = 0; i < n_blocks*4; ++i) {
+                    o[r][i][0] *= down[0];
+                    o[r][i][1] *= down[1];
+                    o[r][i][2] *= down[0];
+                    o[r][i][3] *= down[1];
                 }
             }
+        }
+#pragma unroll
+        for (int r = 0; r < R8; ++r) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                s[r][i] = tq_exp2(s[r][i] - m[r][i % 2]);
+                l[r][i % 2] += s[r][i];
+            }
+        }
 
 #pragma unroll
-            for (int b = 0; b < n_blocks; ++b) {
-                constexpr int size = v_row::block;
-                const tq_words w = tq_read_block<v_kind, v_bits>(vx + b*size, vy + b*size, j);
-                // weights of cells, times their scales
-                uint32_t p0[R8], p1[R8];
-                const float ex = dx[b]*d_inv;
-                const float ey = dy[b]*d_inv;
+        for (int b = 0; b < n_blocks; ++b) {
+            constexpr int size = v_row::block;
+            const tq_words w = tq_read_block<v_kind, v_bits>(vx + b*size, vy + b*size, j);
+            // weights of cells, times their scales
+            uint32_t p0[R8], p1[R8];
+            const float ex = dx[b]*d_inv;
+            const float ey = dy[b]*d_inv;
 #pragma unroll
-                for (int r = 0; r < R8; ++r) {
-                    p0[r] = tq_transpose(tq_pack(s[r][0] == 0.0f ? 0.0f : s[r][0]*ex, s[r][1] == 0.0f ? 0.0f : s[r][1]*ex));
-                    p1[r] = tq_transpose(tq_pack(s[r][2] == 0.0f ? 0.0f : s[r][2]*ey, s[r][3] == 0.0f ? 0.0f : s[r][3]*ey));
-                }
-                uint32_t signs_ab = 0;
-                uint32_t signs_cd = 0;
-                if constexpr (v_kind == TQ_KIND_TCQ) {
-                    signs_ab = tq_transpose(__byte_perm(w.signs, 0, 0x1010)) >> (g & 1);
-                    signs_cd = tq_transpose(__byte_perm(w.signs, 0, 0x3232)) >> (g & 1);
-                }
+            for (int r = 0; r < R8; ++r) {
+                p0[r] = tq_transpose(tq_pack(s[r][0] == 0.0f ? 0.0f : s[r][0]*ex, s[r][1] == 0.0f ? 0.0f : s[r][1]*ex));
+                p1[r] = tq_transpose(tq_pack(s[r][2] == 0.0f ? 0.0f : s[r][2]*ey, s[r][3] == 0.0f ? 0.0f : s[r][3]*ey));
+            }
+            uint32_t signs_ab = 0;
+            uint32_t signs_cd = 0;
+            if constexpr (v_kind == TQ_KIND_TCQ) {
+                signs_ab = tq_transpose(__byte_perm(w.signs, 0, 0x1010)) >> (g & 1);
+                signs_cd = tq_transpose(__byte_perm(w.signs, 0, 0x3232)) >> (g & 1);
+            }
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const tq_value_pairs pairs = tq_pairs_of_values(
-                        tq_transpose(tq_both_low (w.codes[2*h], w.codes[2*h + 1])),
-                        tq_transpose(tq_both_high(w.codes[2*h], w.codes[2*h + 1])));
+            for (int h = 0; h < 2; ++h) {
+                const tq_value_pairs pairs = tq_pairs_of_values(
+                    tq_transpose(tq_both_low (w.codes[2*h], w.codes[2*h + 1])),
+                    tq_transpose(tq_both_high(w.codes[2*h], w.codes[2*h + 1])));
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        uint32_t a[4];
-                        tq_value_operand<v_kind>(table, lane_offset, pairs, signs_ab, signs_cd, h, i, a);
+                for (int i = 0; i < 2; ++i) {
+                    uint32_t a[4];
+                    tq_value_operand<v_kind>(table, lane_offset, pairs, signs_ab, signs_cd, h, i, a);
 #pragma unroll
-                        for (int r = 0; r < R8; ++r) {
-                            tq_mma(o[r][4*b + 2*h + i], a, p0[r], p1[r]);
-                        }
+                    for (int r = 0; r < R8; ++r) {
+                        tq_mma(o[r][4*b + 2*h + i], a, p0[r], p1[r]);
                     }
                 }
             }
@@ -725,7 +737,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     // the warps' parts become one
     __syncthreads();
     float2 * merge_ml = (float2 *) shared;                         // [n_warps][n_rows]
-    float  * merge_o  = (float *) (merge_ml + n_warps*n_rows);     // [n_warps][n_rows][D]
+    float4 * merge_o  = (float4 *) (merge_ml + n_warps*n_rows);    // [n_warps][R8][n_blocks*4][32]
 #pragma unroll
     for (int r = 0; r < R8; ++r) {
 #pragma unroll
@@ -739,48 +751,64 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < R8; ++r) {
+        float down[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             float top = -1e30f;
+#pragma unroll
             for (int w = 0; w < n_warps; ++w) {
                 top = fmaxf(top, merge_ml[w*n_rows + 8*r + 2*j + e].x);
             }
-            const float down = tq_exp2(m[r][e] - top)*d_ref;
-            float * dst = merge_o + (warp*n_rows + 8*r + 2*j + e)*D + 16*(g >> 1) + (g & 1);
+            down[e] = tq_exp2(m[r][e] - top)*d_ref;
+        }
 #pragma unroll
-            for (int b = 0; b < n_blocks; ++b) {
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-#pragma unroll
-                    for (int n = 0; n < 4; ++n) { // coordinate 4*n + 2*h + (g & 1) of the halfword
-                        dst[64*b + 4*n + 2*h] = o[r][4*b + 2*h + n/2][e + 2*(n % 2)]*down;
-                    }
-                }
-            }
+        for (int i = 0; i < n_blocks*4; ++i) {
+            merge_o[((warp*R8 + r)*n_blocks*4 + i)*32 + lane] =
+                make_float4(o[r][i][0]*down[0], o[r][i][1]*down[1], o[r][i][2]*down[0], o[r][i][3]*down[1]);
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < n_rows_used*D; i += 32*n_warps) {
-        const int row = i / D;
-        const int x   = i % D;
-        const int64_t at = (((int64_t) stream*args.n_q + (row0 + row)/group)*args.n_head + head*group + (row0 + row) % group)*args.n_splits + split;
-        float sum = 0.0f;
+    const auto part_of = [&](int row) { // of the output
+        const int n = row0 + row;
+        return (((int64_t) stream*args.n_q + n/group)*args.n_head + head*group + n % group)*args.n_splits + split;
+    };
+    for (int i = threadIdx.x; i < R8*n_blocks*4*32; i += 32*n_warps) { // 32*n_warps is a multiple of 32: the lane stays the same
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int w = 0; w < n_warps; ++w) {
-            sum += merge_o[(w*n_rows + row)*D + x];
+            const float4 x = merge_o[w*R8*n_blocks*4*32 + i];
+            sum.x += x.x;
+            sum.y += x.y;
+            sum.z += x.z;
+            sum.w += x.w;
         }
-        args.part_o[at*D + x] = sum;
-        if (x == 0) {
-            float top = -1e30f;
-            float all = 0.0f;
-            for (int w = 0; w < n_warps; ++w) {
-                top = fmaxf(top, merge_ml[w*n_rows + row].x);
-            }
-            for (int w = 0; w < n_warps; ++w) {
-                all += merge_ml[w*n_rows + row].y*tq_exp2(merge_ml[w*n_rows + row].x - top);
-            }
-            args.part_ml[at] = make_float2(top, all);
+        const int tile = i / 32 % (n_blocks*4); // block, half step, coordinates 4*n, n = 2*(tile % 2) and one more
+        const int row  = i / 32 / (n_blocks*4)*8 + 2*j;
+        const int x    = tile/4*64 + 16*(g >> 1) + 8*(tile % 2) + 2*(tile / 2 % 2) + (g & 1);
+        if (row < n_rows_used) {
+            float * dst = args.part_o + part_of(row)*D + x;
+            dst[0] = sum.x;
+            dst[4] = sum.z;
         }
+        if (row + 1 < n_rows_used) {
+            float * dst = args.part_o + part_of(row + 1)*D + x;
+            dst[0] = sum.y;
+            dst[4] = sum.w;
+        }
+    }
+    if (threadIdx.x < n_rows_used) {
+        const float2 * ml = merge_ml + threadIdx.x;
+        float top = -1e30f;
+        float all = 0.0f;
+#pragma unroll
+        for (int w = 0; w < n_warps; ++w) {
+            top = fmaxf(top, ml[w*n_rows].x);
+        }
+#pragma unroll
+        for (int w = 0; w < n_warps; ++w) {
+            all += ml[w*n_rows].y*tq_exp2(ml[w*n_rows].x - top);
+        }
+        args.part_ml[part_of(threadIdx.x)] = make_float2(top, all);
     }
 #else
     GGML_UNUSED(args);

@@ -509,23 +509,27 @@ int main(int argc, char ** argv) {
             test_attention({ k, v, 128, 128,  8, 1, 261, 2, 2, true, true }, rng);
             test_attention({ k, v, 256, 256,  4, 2, 256, 3, 1, false }, rng);
         }
+        // values of the _qjl types are left to upstream's kernels, which do not have all of what follows
+        const ggml_type v = k >= GGML_TYPE_TQ2_QJL && k <= GGML_TYPE_TQ4_QJL ? (ggml_type) (k - GGML_TYPE_TQ2_QJL + GGML_TYPE_TQ2_MSE) : k;
         for (const int64_t d : { 64, 128, 192, 256 }) {
             for (const int64_t group : { 1, 4, 7, 8 }) {
                 for (const int64_t n_q : { 1, 2, 3, 4, 9, 16 }) {
                     const bool even = n_q % 2 == 0;
-                    test_attention({ k, k, d, d, 2*group, 2, 49 + 16*group + 40*n_q, n_q, 1 + (n_q % 3 == 0), even, group != 4 }, rng);
+                    if (d != 192 || group*n_q <= 32) {
+                        test_attention({ k, v, d, d, 2*group, 2, 49 + 16*group + 40*n_q, n_q, 1 + (n_q % 3 == 0), even, group != 4 }, rng);
+                    }
                 }
             }
-            test_attention({ k, k, d, d, 4, 1,    3, 1, 1, true,  true }, rng);
-            test_attention({ k, k, d, d, 8, 2,  300, 2, 1, true,  true,  true,  0.0f,  0.0f }, rng);
-            test_attention({ k, k, d, d, 6, 2,  300, 1, 2, false, false, true,  8.0f,  0.0f }, rng);
-            test_attention({ k, k, d, d, 8, 1,  300, 1, 1, true,  true,  false, 0.0f, 10.0f }, rng);
-            test_attention({ k, k, d, d, 8, 1,  300, 2, 1, true,  false, true,  8.0f,  5.0f }, rng);
-            test_attention({ k, k, d, d, 4, 1, 1300, 1, 1, false, false, false, 0.0f,  0.0f, 1e-3f }, rng);
-            test_attention({ k, k, d, d, 4, 1, 1300, 1, 1, false, false, false, 0.0f,  0.0f, 3e3f }, rng);
+            test_attention({ k, v, d, d, 4, 1,    3, 1, 1, true,  true }, rng);
+            test_attention({ k, v, d, d, 8, 2,  300, 2, 1, true,  true,  true,  0.0f,  0.0f }, rng);
+            test_attention({ k, v, d, d, 6, 2,  300, 1, 2, false, false, true,  8.0f,  0.0f }, rng);
+            test_attention({ k, v, d, d, 8, 1,  300, 1, 1, true,  true,  false, 0.0f, 10.0f }, rng);
+            test_attention({ k, v, d, d, 8, 1,  300, 2, 1, true,  false, true,  8.0f,  5.0f }, rng);
+            test_attention({ k, v, d, d, 4, 1, 1300, 1, 1, false, false, false, 0.0f,  0.0f, 1e-3f }, rng);
+            test_attention({ k, v, d, d, 4, 1, 1300, 1, 1, false, false, false, 0.0f,  0.0f, 3e3f }, rng);
         }
-        test_attention({ k, k, 128, 128, 8, 2, 9000, 1, 1, true,  true }, rng);
-        test_attention({ k, k,  64,  64, 4, 4,  5000, 1, 8, false, true }, rng);
+        test_attention({ k, v, 128, 128, 8, 2, 9000, 1, 1, true,  true }, rng);
+        test_attention({ k, v,  64,  64, 4, 4,  5000, 1, 8, false, true }, rng);
     }
     printf("%s: %d tests, %d failed; attention's largest error %.1e\n", name, n_tests, n_bad, worst);
     ggml_backend_free(backend);
