@@ -38,7 +38,8 @@ bool ggml_tq_cuda_attention_supported(int device, const ggml_tensor * dst) {
         return false;
     }
     const tq_attention_kernel kernel = find(k->type, v->type, (int) k->ne[0], (int) n_rows);
-    return kernel.launch && (size_t) kernel.shared_bytes + 1024 <= ggml_cuda_info().devices[device].smpbo;
+    const size_t shared_bytes = kernel.shared_bytes + (dst->src[5] ? kernel.center_bytes : 0) + 256; // 256: the table's levels
+    return kernel.launch && shared_bytes <= ggml_cuda_info().devices[device].smpbo && ggml_tq_cuda_center_supported(dst, k, 5);
 }
 
 // the parts' outputs, still rotated and not divided by the sum of weights, become one; a warp a block of 64
@@ -53,26 +54,34 @@ static __global__ void tq_attention_combine(const float * part_o, const float2 *
     part_ml += row*n_splits;
     part_o  += row*n_splits*d + 64*b + lane;
 
-    float top = -1e30f;
-    for (int i = lane; i < n_splits; i += 32) {
-        top = fmaxf(top, part_ml[i].x);
-    }
-#pragma unroll
-    for (int h = 16; h > 0; h /= 2) {
-        top = fmaxf(top, __shfl_xor_sync(TQ_WARP, top, h));
-    }
     const float sink = sinks ? sinks[row % n_head]*1.44269504f : -INFINITY;
-    top = fmaxf(top, sink);
-
+    float  top = fmaxf(sink, -1e30f);
     float  sum = exp2f(sink - top);
     float2 o   = make_float2(0.0f, 0.0f);
-#pragma unroll 8
-    for (int i = 0; i < n_splits; ++i) {
-        const float2 ml   = part_ml[i];
-        const float  down = exp2f(ml.x - top);
-        sum += ml.y*down;
-        o.x += part_o[(int64_t) i*d     ]*down;
-        o.y += part_o[(int64_t) i*d + 32]*down;
+    for (int i0 = 0; i0 < n_splits; i0 += 16) { // so many loads at once
+        float2 ml[16];
+        float2 part[16];
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const bool some = i0 + i < n_splits;
+            ml  [i] = some ? part_ml[i0 + i] : make_float2(-1e30f, 0.0f);
+            part[i] = some ? make_float2(part_o[(int64_t) (i0 + i)*d], part_o[(int64_t) (i0 + i)*d + 32]) : make_float2(0.0f, 0.0f);
+        }
+        const float before = top;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            top = fmaxf(top, ml[i].x);
+        }
+        const float down = exp2f(before - top);
+        sum *= down;
+        o = tq_scale(o, down);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const float w = exp2f(ml[i].x - top);
+            sum += ml[i].y*w;
+            o.x += part[i].x*w;
+            o.y += part[i].y*w;
+        }
     }
     o = tq_rht_inverse(tq_scale(o, sum > 0.0f ? 1.0f/sum : sum == 0.0f ? 0.0f : sum), rotation, lane);
     dst[row*d + 64*b + lane     ] = o.x;

@@ -62,7 +62,7 @@ template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
     static constexpr int table_bytes  = 256*(k_entries > v_entries ? k_entries : v_entries);
     static constexpr int q_bytes      = n_rows*D*2*(k_kind == TQ_KIND_QJL ? 2 : 1);
     static constexpr int weight_bytes = n_rows*(D + 1)*4;
-    static constexpr int center_bytes = 64*D*2 + n_warps*(n_rows*D*2 + n_rows*4);
+    static constexpr int center_bytes = 64*D*2 + n_warps*(n_rows*D*2 + n_rows*4 + D*4) + D*4;
     static constexpr int n_stages     = TQ_STAGES;
     static constexpr int loop_bytes   = table_bytes + q_bytes + weight_bytes + n_stages*n_warps*stage_bytes;
     static constexpr int merge_bytes  = n_warps*n_rows*(D + 2)*4;
@@ -87,6 +87,10 @@ static __device__ __forceinline__ uint32_t tq_transpose(uint32_t x) {
 
 static __device__ __forceinline__ void tq_copy_16(uint32_t dst, const char * src) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(dst), "l"(src) : "memory");
+}
+
+static __device__ __forceinline__ void tq_store_zero(uint32_t dst) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" :: "r"(dst), "r"(0) : "memory");
 }
 
 static __device__ __forceinline__ void tq_copy_commit() {
@@ -153,6 +157,8 @@ template <typename row> struct tq_copier {
             const int piece = (32*i + lane)%row::n_pieces;
             if (from[i] != INT_MIN && cell < n_cells) {
                 tq_copy_16(dst + cell*row::pitch + 16*piece, base + from[i]);
+            } else if (cell < TQ_TILE && cell >= n_cells) { // the last tile: scales of what is no cell are 0
+                tq_store_zero(dst + cell*row::pitch + 16*piece);
             }
         }
         base += step;
@@ -245,6 +251,13 @@ template <typename cfg> struct tq_center_shared {
     __device__ uint32_t * turned() const { return (uint32_t *) (base + 64*D*2 + threadIdx.x/32*(cfg::n_rows*D*2)); }
     __device__ float * sums() const { return (float *) (base + 64*D*2 + cfg::n_warps*(cfg::n_rows*D*2)) + threadIdx.x/32*cfg::n_rows; }
 
+    // of this lane: cosines and sines at the start of its warp's span, of pairs lane + 32*i
+    __device__ float2 * at() const {
+        return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::n_rows*D*2 + cfg::n_rows*4)) + threadIdx.x/32*(D/2) + threadIdx.x%32;
+    }
+    // [pair]: cosine and sine of 64 positions
+    __device__ float2 * span() const { return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::n_rows*D*2 + cfg::n_rows*4 + D*4)); }
+
     static __device__ int n_steps(const tq_key_center & c) { return (c.n_rot + 15)/16; }
 
     // weights [pair][row] of (wc, ws), then [row] of what does not turn; the operand of cosines and sines. The center m of a
@@ -279,6 +292,9 @@ template <typename cfg> struct tq_center_shared {
                 weights[cfg::n_rows*D + row] = wc;
             }
         }
+        for (int i = threadIdx.x; i < D/2; i += 32*cfg::n_warps) {
+            span()[i] = i < n_pairs ? make_float2(c.table[64*c.n_rot + i], c.table[64*c.n_rot + i + n_pairs]) : make_float2(0.0f, 0.0f);
+        }
         for (int i = threadIdx.x; i < 4*n_steps(c)*32; i += 32*cfg::n_warps) {
             const int g    = i % 32 / 4;
             const int j    = i % 4;
@@ -295,15 +311,22 @@ template <typename cfg> struct tq_center_shared {
         }
     }
 
-    // weights for the span from a cell on
-    __device__ void turn(const tq_attention_args & args, const float * weights, int n_rows_used, int stream, int cell) const {
+    // weights for the span whose first cell is at position p; last: that of the span before, INT_MIN if there is none
+    __device__ void turn(const tq_attention_args & args, const float * weights, int n_rows_used, int p, int last) const {
         const tq_key_center & c = args.center;
         const int lane = threadIdx.x % 32;
-        const int p = c.pos[(int64_t) stream*args.n_kv + cell];
-        float2 at[D/64]; // pairs lane + 32*i
+        float2 at[D/64];
 #pragma unroll
         for (int i = 0; i < D/64; ++i) {
-            at[i] = lane + 32*i < c.n_rot/2 ? tq_center_turn(c, lane + 32*i, p) : make_float2(0.0f, 0.0f);
+            const int pair = lane + 32*i;
+            if (p == last + 64) { // some spans on, the error is far below that of f16
+                const float2 a = this->at()[32*i];
+                const float2 b = span()[pair];
+                at[i] = make_float2(a.x*b.x - a.y*b.y, a.x*b.y + a.y*b.x);
+            } else {
+                at[i] = pair < c.n_rot/2 ? tq_center_turn(c, pair, p) : make_float2(0.0f, 0.0f);
+            }
+            this->at()[32*i] = at[i];
         }
         for (int row = 0; row < n_rows_used; ++row) {
             float sum = 0.0f;
@@ -329,26 +352,23 @@ template <typename cfg> struct tq_center_shared {
     }
 
     // s += the centers' part of the scores of a tile
-    template <int R8> __device__ void score(const tq_attention_args & args, const float * weights, int stream, int cell, int tile,
-            const bool * valid, const float (*bias)[4], float (*s)[4]) const {
+    // positions p of this lane's cells; first: that of the first cell of the span
+    template <int R8> __device__ void score(const tq_attention_args & args, const float * weights, const int * p, int first, int tile,
+            const bool (*seen)[4], float (*s)[4]) const {
         const tq_key_center & c = args.center;
         const int lane = threadIdx.x % 32;
         const int g    = lane / 4;
         const int j    = lane % 4;
-        const int32_t * pos = c.pos + (int64_t) stream*args.n_kv + cell;
-        const int first = max(pos[-TQ_TILE*tile], 0); // of the span
 
-        int  p[2];
         bool in_order = true;
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-            bool seen = false;
+            bool any = false;
 #pragma unroll
             for (int r = 0; r < R8; ++r) {
-                seen |= bias[r][2*t] != -INFINITY || bias[r][2*t + 1] != -INFINITY;
+                any |= seen[r][2*t] || seen[r][2*t + 1];
             }
-            p[t] = valid[t] ? pos[g + 8*t] : 0;
-            in_order &= !seen || p[t] == first + TQ_TILE*tile + g + 8*t;
+            in_order &= !any || p[t] == first + TQ_TILE*tile + g + 8*t;
         }
         if (__all_sync(TQ_WARP, in_order)) {
 #pragma unroll
@@ -399,7 +419,7 @@ template <typename cfg> struct tq_center_shared {
     }
 };
 
-template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
+template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits, bool centered>
 static __global__ void __launch_bounds__(32*tq_attention_config<D, R8, k_kind, k_bits, v_kind, v_bits>::n_warps, 1)
 tq_attention_parts(const __grid_constant__ tq_attention_args args) {
 #if __CUDA_ARCH__ >= GGML_CUDA_CC_AMPERE
@@ -436,15 +456,6 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     } else if (threadIdx.x < 32) {
         levels[1][threadIdx.x - 16] = __float2half_rn(tq_level<v_kind, v_bits>(args.v_codec, threadIdx.x - 16));
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < cfg::table_bytes/16; i += 32*n_warps) {
-        const int entry = i / 16;
-        const half * of = levels[i / 8 % 2];
-        const half2 pair = __halves2half2(of[entry & 15], of[entry >> 4]);
-        const uint32_t w = *(const uint32_t *) &pair;
-        ((uint4 *) table)[i] = make_uint4(w, w, w, w);
-    }
-
     ggml_cuda_pdl_sync();
 
     // what this warp reads
@@ -480,6 +491,15 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         issue(it);
     }
 
+    __syncthreads();
+    for (int i = threadIdx.x; i < cfg::table_bytes/16; i += 32*n_warps) {
+        const int entry = i / 16;
+        const half * of = levels[i / 8 % 2];
+        const half2 pair = __halves2half2(of[entry & 15], of[entry >> 4]);
+        const uint32_t w = *(const uint32_t *) &pair;
+        ((uint4 *) table)[i] = make_uint4(w, w, w, w);
+    }
+
     // queries, rotated, as the operands of the steps: [row/8][block][s][lane][n]
     const float q_scale = args.cap != 0.0f ? args.scale/args.cap : args.scale*1.44269504f;
     for (int i = warp; i < n_rows*n_blocks; i += n_warps) {
@@ -490,7 +510,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
             const float * q = (const float *) ((const char *) args.q + (row0 + row)/group*args.q_nb[0] +
                 (head*group + (row0 + row) % group)*args.q_nb[1] + stream*args.q_nb[2]) + 64*b + lane;
             x = make_float2(q[0]*q_scale, q[32]*q_scale);
-            if (args.center.pos) {
+            if constexpr (centered) {
                 x.x *= tq_center_scale(args.center, head, 64*b + lane,      2);
                 x.y *= tq_center_scale(args.center, head, 64*b + lane + 32, 2);
             }
@@ -507,7 +527,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         }
     }
 
-    if (args.center.pos) {
+    if constexpr (centered) {
         centers.start(args, weights, row0, n_rows_used, head, stream, q_scale);
     }
     __syncthreads();
@@ -562,24 +582,38 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     }
     const uint32_t lane_offset = 4*lane;
 
+    const int32_t * pos = args.center.pos + (int64_t) stream*args.n_kv + first; // unless keys are not centered
+    int span_first = 0;                                                        // position of a span's first cell, and of the next one's
+    int span_next  = centered && n_iter > 0 ? pos[0] : 0;
+
     for (int it = 0; it < n_iter; ++it) {
         issue(it + cfg::n_stages - 1);
 
-        const int cell = first + it*TQ_TILE;
-        const bool valid[2] = { cell + g < args.n_kv, cell + g + 8 < args.n_kv };
-
-        // masks; -inf where there is no cell
-        float bias[R8][4];
+        // masks and positions are not looked at before scores are there
+        uint16_t mask_of[R8][4];
+        int p[2] = { 0, 0 };
 #pragma unroll
-        for (int r = 0; r < R8; ++r) {
+        for (int t = 0; t < 2; ++t) {
+            const int  at    = it*TQ_TILE + 8*t;
+            const bool valid = first + at + g < args.n_kv;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                bias[r][i] = !valid[i/2] ? -INFINITY : mask ? __half2float(mask[mask_at[r][i % 2] + it*TQ_TILE + 8*(i/2)]) : 0.0f;
+            for (int r = 0; r < R8; ++r) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    mask_of[r][2*t + e] = valid ? mask ? __half_as_ushort(mask[mask_at[r][e] + at]) : 0 : 0xfc00; // -inf
+                }
+            }
+            if (centered && valid) {
+                p[t] = pos[at + g];
             }
         }
-
-        if (args.center.pos && it % 4 == 0) {
-            centers.turn(args, weights, n_rows_used, stream, cell);
+        if (centered && it % 4 == 0) {
+            const int last = it == 0 ? INT_MIN : span_first;
+            span_first = max(span_next, 0);
+            centers.turn(args, weights, n_rows_used, span_first, last);
+        }
+        if (centered && it % 4 == 2 && it + 2 < n_iter) {
+            span_next = pos[(it + 2)*TQ_TILE];
         }
         tq_copy_wait<cfg::n_stages - 1>();
         __syncwarp();
@@ -589,6 +623,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         const char * vx = stage + vx_at;
         const char * vy = stage + vy_at;
 
+        bool  seen[R8][4];
         float s[R8][4];
 #pragma unroll
         for (int r = 0; r < R8; ++r) {
@@ -631,8 +666,15 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
             }
         }
 
-        if (args.center.pos) {
-            centers.template score<R8>(args, weights, stream, cell, it % 4, valid, bias, s);
+#pragma unroll
+        for (int r = 0; r < R8; ++r) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                seen[r][i] = mask_of[r][i] != 0xfc00;
+            }
+        }
+        if constexpr (centered) {
+            centers.template score<R8>(args, weights, p, span_first, it % 4, seen, s);
         }
 
         bool raise = false;
@@ -643,7 +685,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
                 if (args.cap != 0.0f) { // cap*tanh(s)
                     s[r][i] = args.cap*1.44269504f*(1.0f - 2.0f/(1.0f + tq_exp2(2.88539008f*s[r][i])));
                 }
-                s[r][i] = bias[r][i] == -INFINITY ? -INFINITY : s[r][i] + bias[r][i]*slope[r][i % 2];
+                s[r][i] = seen[r][i] ? s[r][i] + __half2float(__ushort_as_half(mask_of[r][i]))*slope[r][i % 2] : -INFINITY;
                 raise |= s[r][i] > m[r][i % 2] + 6.0f;
             }
         }
@@ -651,8 +693,8 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
 #pragma unroll
         for (int b = 0; b < n_blocks; ++b) {
             constexpr int size = v_row::block;
-            dx[b] = valid[0] ? tq_read_scale(vx + b*size) : 0.0f;
-            dy[b] = valid[1] ? tq_read_scale(vy + b*size) : 0.0f;
+            dx[b] = tq_read_scale(vx + b*size);
+            dy[b] = tq_read_scale(vy + b*size);
             raise |= fmaxf(dx[b], dy[b]) > 8.0f*d_ref;
         }
         if (__any_sync(TQ_WARP, raise)) { // rare after the first tiles
@@ -819,18 +861,25 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
 // what a launch of one instance needs
 struct tq_attention_kernel {
     void (*launch)(const tq_attention_args & args, dim3 grid, cudaStream_t stream);
-    int n_warps, n_rows, shared_bytes;
+    int n_warps, n_rows, shared_bytes, center_bytes; // center_bytes: of shared memory, more for centered keys
 };
 
 template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
 static tq_attention_kernel tq_attention_instance() {
     using cfg = tq_attention_config<D, R8, k_kind, k_bits, v_kind, v_bits>;
     return { [](const tq_attention_args & args, dim3 grid, cudaStream_t stream) {
-        const auto kernel = tq_attention_parts<D, R8, k_kind, k_bits, v_kind, v_bits>;
-        CUDA_SET_SHARED_MEMORY_LIMIT(kernel, cfg::shared_bytes + cfg::center_bytes);
-        const size_t shared_bytes = cfg::shared_bytes + (args.center.pos ? cfg::center_bytes : 0);
-        ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, dim3(32*cfg::n_warps), shared_bytes, stream), args);
-    }, cfg::n_warps, cfg::n_rows, cfg::shared_bytes + cfg::center_bytes };
+        if (args.center.pos) {
+            constexpr int shared_bytes = cfg::shared_bytes + cfg::center_bytes;
+            const auto kernel = tq_attention_parts<D, R8, k_kind, k_bits, v_kind, v_bits, true>;
+            CUDA_SET_SHARED_MEMORY_LIMIT(kernel, shared_bytes);
+            ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, dim3(32*cfg::n_warps), (size_t) shared_bytes, stream), args);
+        } else {
+            constexpr int shared_bytes = cfg::shared_bytes;
+            const auto kernel = tq_attention_parts<D, R8, k_kind, k_bits, v_kind, v_bits, false>;
+            CUDA_SET_SHARED_MEMORY_LIMIT(kernel, shared_bytes);
+            ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, dim3(32*cfg::n_warps), (size_t) shared_bytes, stream), args);
+        }
+    }, cfg::n_warps, cfg::n_rows, cfg::shared_bytes, cfg::center_bytes };
 }
 
 // the instances of one key type; { nullptr, ... } where there is none
