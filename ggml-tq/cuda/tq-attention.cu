@@ -1,5 +1,8 @@
 #include "tq-attention.cuh"
 
+#include <map>
+#include <mutex>
+
 #define TQ_ATTENTION_MAX_ROWS 32 // queries times heads of a key head; more of them are left to upstream's kernels
 
 static bool has_tensor_cores(int device) {
@@ -42,50 +45,23 @@ bool ggml_tq_cuda_attention_supported(int device, const ggml_tensor * dst) {
     return kernel.launch && shared_bytes <= ggml_cuda_info().devices[device].smpbo && ggml_tq_cuda_center_supported(dst, k, 5);
 }
 
-// the parts' outputs, still rotated and not divided by the sum of weights, become one; a warp a block of 64
-static __global__ void tq_attention_combine(const float * part_o, const float2 * part_ml, const float * sinks, float * dst,
-        uint64_t rotation, int n_splits, int n_head) {
-    ggml_cuda_pdl_lc();
-    ggml_cuda_pdl_sync();
-    const int lane = threadIdx.x % 32;
-    const int b    = threadIdx.x / 32;
-    const int d    = 2*blockDim.x;
-    const int64_t row = blockIdx.x;
-    part_ml += row*n_splits;
-    part_o  += row*n_splits*d + 64*b + lane;
-
-    const float sink = sinks ? sinks[row % n_head]*1.44269504f : -INFINITY;
-    float  top = fmaxf(sink, -1e30f);
-    float  sum = exp2f(sink - top);
-    float2 o   = make_float2(0.0f, 0.0f);
-    for (int i0 = 0; i0 < n_splits; i0 += 16) { // so many loads at once
-        float2 ml[16];
-        float2 part[16];
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const bool some = i0 + i < n_splits;
-            ml  [i] = some ? part_ml[i0 + i] : make_float2(-1e30f, 0.0f);
-            part[i] = some ? make_float2(part_o[(int64_t) (i0 + i)*d], part_o[(int64_t) (i0 + i)*d + 32]) : make_float2(0.0f, 0.0f);
-        }
-        const float before = top;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            top = fmaxf(top, ml[i].x);
-        }
-        const float down = exp2f(before - top);
-        sum *= down;
-        o = tq_scale(o, down);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const float w = exp2f(ml[i].x - top);
-            sum += ml[i].y*w;
-            o.x += part[i].x*w;
-            o.y += part[i].y*w;
-        }
+// Counters of blocks that are done, zero between kernels. Kernels of one stream follow each other; those of others may run at
+// the same time, so each stream has its own. They are few, and stay.
+static int * counters_of(ggml_backend_cuda_context & ctx, size_t n) {
+    struct counters {
+        int  * data = nullptr;
+        size_t n    = 0;
+    };
+    static std::mutex mutex;
+    static std::map<std::pair<int, cudaStream_t>, counters> all;
+    std::lock_guard<std::mutex> lock(mutex);
+    counters & c = all[{ ctx.device, ctx.stream() }];
+    if (c.n < n) { // the smaller ones stay too: a captured graph may have them
+        c.n = std::max<size_t>(n, 16384);
+        CUDA_CHECK(cudaMalloc((void **) &c.data, c.n*sizeof(int)));
+        CUDA_CHECK(cudaMemsetAsync(c.data, 0, c.n*sizeof(int), ctx.stream()));
     }
-    o = tq_rht_inverse(tq_scale(o, sum > 0.0f ? 1.0f/sum : sum == 0.0f ? 0.0f : sum), rotation, lane);
-    dst[row*d + 64*b + lane     ] = o.x;
-    dst[row*d + 64*b + lane + 32] = o.y;
+    return c.data;
 }
 
 // parts of the cells for one key head: all multiprocessors busy, in as few rounds as can be
@@ -134,6 +110,8 @@ void ggml_tq_cuda_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
     a.n_head    = (int) q->ne[2];
     a.n_head_kv = (int) k->ne[2];
     a.n_stream  = (int) q->ne[3];
+    a.group_div   = init_fastdiv_values(a.n_head/a.n_head_kv);
+    a.head_kv_div = init_fastdiv_values(a.n_head_kv);
     a.k_codec   = tq_make_codec(ggml_tq_params(), ggml_tq_type_of(k->type));
     a.v_codec   = tq_make_codec(ggml_tq_params(), ggml_tq_type_of(v->type));
     a.center    = tq_cuda_center(dst, 5);
@@ -154,10 +132,10 @@ void ggml_tq_cuda_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
     ggml_cuda_pool_alloc<float2> part_ml(ctx.pool(), n_out*a.n_splits);
     a.part_o  = part_o.get();
     a.part_ml = part_ml.get();
+    a.n_done  = counters_of(ctx, (size_t) a.n_head_kv*n_row_parts*a.n_stream);
+    a.sinks   = sinks ? (const float *) sinks->data : nullptr;
+    a.dst     = (float *) dst->data;
 
     kernel.launch(a, dim3(a.n_head_kv*n_row_parts, a.n_splits, a.n_stream), ctx.stream());
-    ggml_cuda_kernel_launch(tq_attention_combine, ggml_cuda_kernel_launch_params(dim3((unsigned) n_out), dim3(d/2), (size_t) 0, ctx.stream()),
-        (const float *) a.part_o, (const float2 *) a.part_ml, sinks ? (const float *) sinks->data : nullptr, (float *) dst->data,
-        a.v_codec.rotation, a.n_splits, a.n_head);
     CUDA_CHECK(cudaGetLastError());
 }

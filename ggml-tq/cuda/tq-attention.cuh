@@ -5,7 +5,7 @@
 // A CUDA block has one key head of one stream, up to 8*R8 rows (queries times heads of the group) and a part of the cells. Its
 // warps take tiles of 16 cells in turn, each with a pipeline of its own from global to shared memory. Scores and outputs are
 // computed transposed, cells or coordinates along the 16 rows of a tensor-core operand and attention rows along its 8 columns,
-// in the rotated basis; the second kernel combines the parts and turns the outputs back.
+// in the rotated basis. The block that is done last with a row combines the parts, in their order, and turns the output back.
 
 #include "tq-fragment.cuh"
 #include "tq-kernel.cuh"
@@ -31,13 +31,33 @@ struct tq_attention_args {
     int   mask_ne3;
     float scale, max_bias, cap;
     int   n_kv, n_q, n_head, n_head_kv, n_stream;
+    uint3 group_div;         // heads of a key head, and
+    uint3 head_kv_div;       // key heads, as divisors (fastdiv)
     int   n_splits, n_iter;  // n_iter: tiles of a warp
     float  * part_o;         // [D, n_splits, n_head, n_q, n_stream]
     float2 * part_ml;        // [n_splits, n_head, n_q, n_stream]: greatest score (base 2), sum of weights
+    int    * n_done;         // [blocks of the grid with one split]: zeros, and zeros again after the kernel
+    const float * sinks;     // [n_head] or nullptr
+    float  * dst;            // [D, n_head, n_q, n_stream]
     tq_codec k_codec;
     tq_codec v_codec;
     tq_key_center center;
 };
+
+// row of a key head's rows: heads of the group for one query after another
+struct tq_row_place {
+    int query, head; // head: of all
+};
+
+static __device__ __forceinline__ tq_row_place tq_place_of(const tq_attention_args & args, int head_kv, int row) {
+    const uint2 p = fast_div_modulo(row, args.group_div);
+    return { (int) p.x, (int) (head_kv*args.group_div.z + p.y) };
+}
+
+static __device__ __forceinline__ const float * tq_query(const tq_attention_args & args, int head_kv, int row, int stream) {
+    const tq_row_place p = tq_place_of(args, head_kv, row);
+    return (const float *) ((const char *) args.q + p.query*args.q_nb[0] + p.head*args.q_nb[1] + stream*args.q_nb[2]);
+}
 
 // a row of one head; it is copied in pieces of 16 bytes that hold it, whatever its alignment; an odd number of them spreads banks
 template <int D, int bits> struct tq_row_layout {
@@ -61,8 +81,11 @@ template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
     static constexpr int stage_bytes  = TQ_TILE*(k_row::pitch + v_row::pitch); // of a warp
     static constexpr int table_bytes  = 256*(k_entries > v_entries ? k_entries : v_entries);
     static constexpr int q_bytes      = n_rows*D*2*(k_kind == TQ_KIND_QJL ? 2 : 1);
-    static constexpr int weight_bytes = n_rows*(D + 1)*4;
-    static constexpr int center_bytes = 64*D*2 + n_warps*(n_rows*D*2 + n_rows*4 + D*4) + D*4;
+    static constexpr int weight_pitch = D/2 + 1; // pairs of a row
+    static constexpr int weight_bytes = n_rows*(2*weight_pitch + 2)*4;
+    static constexpr int step_pitch   = 36; // of turned weights, in pairs of words: 32 lanes', and 4 that spread banks
+    static constexpr int turned_bytes = n_rows/8*(D/16)*step_pitch*8;
+    static constexpr int center_bytes = 64*D*2 + n_warps*(turned_bytes + n_rows*4 + D*4) + D*4;
     static constexpr int n_stages     = TQ_STAGES;
     static constexpr int loop_bytes   = table_bytes + q_bytes + weight_bytes + n_stages*n_warps*stage_bytes;
     static constexpr int merge_bytes  = n_warps*n_rows*(D + 2)*4;
@@ -85,12 +108,10 @@ static __device__ __forceinline__ uint32_t tq_transpose(uint32_t x) {
     return y;
 }
 
-static __device__ __forceinline__ void tq_copy_16(uint32_t dst, const char * src) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(dst), "l"(src) : "memory");
-}
-
-static __device__ __forceinline__ void tq_store_zero(uint32_t dst) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" :: "r"(dst), "r"(0) : "memory");
+// 16 bytes if needed; zeros if n is 0 and not 16
+static __device__ __forceinline__ void tq_copy_16(uint32_t dst, const char * src, int n, bool needed) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n}"
+        :: "r"(dst), "l"(src), "r"(n), "r"((int) needed) : "memory");
 }
 
 static __device__ __forceinline__ void tq_copy_commit() {
@@ -111,6 +132,10 @@ static __device__ __forceinline__ float tq_exp2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+// an int in the order of floats, and back
+static __device__ __forceinline__ int   tq_ordered  (float x) { const int i = __float_as_int(x); return i ^ ((i >> 31) & INT_MAX); }
+static __device__ __forceinline__ float tq_unordered(int   i) { return __int_as_float(i ^ ((i >> 31) & INT_MAX)); }
 
 // over the lanes of all g
 static __device__ __forceinline__ float tq_max_of_cells(float x) {
@@ -153,13 +178,11 @@ template <typename row> struct tq_copier {
     __device__ void copy(uint32_t dst, int n_cells, int lane) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-            const int cell  = (32*i + lane)/row::n_pieces;
-            const int piece = (32*i + lane)%row::n_pieces;
-            if (from[i] != INT_MIN && cell < n_cells) {
-                tq_copy_16(dst + cell*row::pitch + 16*piece, base + from[i]);
-            } else if (cell < TQ_TILE && cell >= n_cells) { // the last tile: scales of what is no cell are 0
-                tq_store_zero(dst + cell*row::pitch + 16*piece);
-            }
+            const int at = 32*i + lane;
+            const int dst_at = row::pitch == 16*row::n_pieces ? 16*at : at/row::n_pieces*row::pitch + at%row::n_pieces*16;
+            const bool some  = at/row::n_pieces < n_cells;
+            const char * src = some ? base + from[i] : (const char *) ((uintptr_t) base & ~(uintptr_t) 15); // zeros: from nowhere
+            tq_copy_16(dst + dst_at, src, some ? 16 : 0, from[i] != INT_MIN);
         }
         base += step;
     }
@@ -248,54 +271,61 @@ template <typename cfg> struct tq_center_shared {
     // [position/16][step][lane]: operand of cosines and sines
     __device__ uint4 * steps() const { return (uint4 *) base; }
     // of this warp: [row/8][step][lane]: operand of turned weights; [row]: the sums of turned weights of cosines
-    __device__ uint32_t * turned() const { return (uint32_t *) (base + 64*D*2 + threadIdx.x/32*(cfg::n_rows*D*2)); }
-    __device__ float * sums() const { return (float *) (base + 64*D*2 + cfg::n_warps*(cfg::n_rows*D*2)) + threadIdx.x/32*cfg::n_rows; }
-
+    __device__ uint2 * turned() const { return (uint2 *) (base + 64*D*2 + threadIdx.x/32*cfg::turned_bytes); }
+    __device__ float * sums() const { return (float *) (base + 64*D*2 + cfg::n_warps*cfg::turned_bytes) + threadIdx.x/32*cfg::n_rows; }
     // of this lane: cosines and sines at the start of its warp's span, of pairs lane + 32*i
     __device__ float2 * at() const {
-        return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::n_rows*D*2 + cfg::n_rows*4)) + threadIdx.x/32*(D/2) + threadIdx.x%32;
+        return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::turned_bytes + cfg::n_rows*4)) + threadIdx.x/32*(D/2) + threadIdx.x%32;
     }
     // [pair]: cosine and sine of 64 positions
-    __device__ float2 * span() const { return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::n_rows*D*2 + cfg::n_rows*4 + D*4)); }
+    __device__ float2 * span() const { return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::turned_bytes + cfg::n_rows*4 + D*4)); }
+
+    // [row][pair] of (wc, ws), then [row] of what does not turn
+    static __device__ float2 & weight(float * weights, int row, int pair) { return ((float2 *) weights)[row*cfg::weight_pitch + pair]; }
+    static __device__ float  & rest  (float * weights, int row)           { return weights[cfg::n_rows*2*cfg::weight_pitch + row]; }
 
     static __device__ int n_steps(const tq_key_center & c) { return (c.n_rot + 15)/16; }
 
-    // weights [pair][row] of (wc, ws), then [row] of what does not turn; the operand of cosines and sines. The center m of a
-    // key head is looked up here and nowhere else.
+    // weights, and the operand of cosines and sines. The center m of a key head is looked up here and nowhere else.
     __device__ void start(const tq_attention_args & args, float * weights, int row0, int n_rows_used, int head, int stream, float q_scale) const {
         const tq_key_center & c = args.center;
         const float * m = c.centers + (int64_t) head*c.head_dim;
-        const int group   = args.n_head/args.n_head_kv;
         const int n_pairs = c.n_rot/2;
-        for (int i = threadIdx.x; i < cfg::n_rows*(n_pairs + 1); i += 32*cfg::n_warps) {
-            const int row  = i % cfg::n_rows;
-            const int pair = i / cfg::n_rows;
-            float wc = 0.0f;
-            float ws = 0.0f;
-            if (row < n_rows_used) {
-                const float * q = (const float *) ((const char *) args.q + (row0 + row)/group*args.q_nb[0] +
-                    (head*group + (row0 + row) % group)*args.q_nb[1] + stream*args.q_nb[2]);
-                if (pair < n_pairs) {
-                    const int a = c.neox ? pair           : 2*pair;
-                    const int b = c.neox ? pair + n_pairs : 2*pair + 1;
-                    wc = q_scale*(q[a]*m[a] + q[b]*m[b]);
-                    ws = q_scale*(q[b]*m[a] - q[a]*m[b]);
-                } else {
-                    for (int k = c.n_rot; k < D; ++k) {
-                        wc += q_scale*q[k]*m[k];
-                    }
+        const int n_all   = 4*n_steps(c)*32;
+        constexpr int n_threads = 32*cfg::n_warps;
+#pragma unroll
+        for (int i0 = 0; i0 < cfg::n_rows*D/2; i0 += n_threads) {
+            const int row  = (i0 + threadIdx.x) / (D/2);
+            const int pair = (i0 + threadIdx.x) % (D/2);
+            if (row < n_rows_used && pair < n_pairs) {
+                const float * q = tq_query(args, head, row0 + row, stream);
+                const int a = c.neox ? pair           : 2*pair;
+                const int b = c.neox ? pair + n_pairs : 2*pair + 1;
+                weight(weights, row, pair) = make_float2(q_scale*(q[a]*m[a] + q[b]*m[b]), q_scale*(q[b]*m[a] - q[a]*m[b]));
+            } else if (row < cfg::n_rows) {
+                weight(weights, row, pair) = make_float2(0.0f, 0.0f);
+            }
+        }
+        if (threadIdx.x < cfg::n_rows) {
+            float sum = 0.0f;
+            if (threadIdx.x < n_rows_used && c.n_rot < D) {
+                const float * q = tq_query(args, head, row0 + threadIdx.x, stream);
+                for (int k = c.n_rot; k < D; ++k) {
+                    sum += q_scale*q[k]*m[k];
                 }
             }
-            if (pair < n_pairs) {
-                ((float2 *) weights)[pair*cfg::n_rows + row] = make_float2(wc, ws);
-            } else {
-                weights[cfg::n_rows*D + row] = wc;
-            }
+            rest(weights, threadIdx.x) = sum;
         }
-        for (int i = threadIdx.x; i < D/2; i += 32*cfg::n_warps) {
+        for (int i = threadIdx.x % 32; i < cfg::turned_bytes/8; i += 32) { // rows that are not used stay 0
+            turned()[i] = make_uint2(0, 0);
+        }
+        if (threadIdx.x < D/2) {
+            const int i = threadIdx.x;
             span()[i] = i < n_pairs ? make_float2(c.table[64*c.n_rot + i], c.table[64*c.n_rot + i + n_pairs]) : make_float2(0.0f, 0.0f);
         }
-        for (int i = threadIdx.x; i < 4*n_steps(c)*32; i += 32*cfg::n_warps) {
+#pragma unroll
+        for (int i0 = 0; i0 < 4*(D/16)*32; i0 += n_threads) {
+            const int i    = i0 + threadIdx.x;
             const int g    = i % 32 / 4;
             const int j    = i % 4;
             const int step = i / 32 % n_steps(c);
@@ -305,14 +335,16 @@ template <typename cfg> struct tq_center_shared {
             for (int k = 0; k < 4; ++k) {
                 const int pair = 8*step + j + 4*(k/2);
                 const float * row = c.table + (16*tile + g + 8*(k % 2))*c.n_rot + pair;
-                a[k] = pair < n_pairs ? tq_pack(row[0] - 1.0f, row[n_pairs]) : 0;
+                a[k] = i < n_all && pair < n_pairs ? tq_pack(row[0] - 1.0f, row[n_pairs]) : 0;
             }
-            steps()[i] = make_uint4(a[0], a[1], a[2], a[3]);
+            if (i < n_all) {
+                steps()[i] = make_uint4(a[0], a[1], a[2], a[3]);
+            }
         }
     }
 
     // weights for the span whose first cell is at position p; last: that of the span before, INT_MIN if there is none
-    __device__ void turn(const tq_attention_args & args, const float * weights, int n_rows_used, int p, int last) const {
+    __device__ void turn(const tq_attention_args & args, float * weights, int n_rows_used, int p, int last) const {
         const tq_key_center & c = args.center;
         const int lane = threadIdx.x % 32;
         float2 at[D/64];
@@ -328,32 +360,49 @@ template <typename cfg> struct tq_center_shared {
             }
             this->at()[32*i] = at[i];
         }
-        for (int row = 0; row < n_rows_used; ++row) {
-            float sum = 0.0f;
+        const int n = n_steps(c);
+        uint32_t * turned_at = (uint32_t *) (turned() + lane/8*cfg::step_pitch + lane % 4) + lane/4 % 2;
 #pragma unroll
-            for (int i = 0; i < D/64; ++i) {
-                const int pair = lane + 32*i;
-                if (pair < 8*n_steps(c)) {
-                    const float2 w = pair < c.n_rot/2 ? ((const float2 *) weights)[pair*cfg::n_rows + row] : make_float2(0.0f, 0.0f);
-                    const float wc = w.x*at[i].x + w.y*at[i].y;
-                    const float ws = w.y*at[i].x - w.x*at[i].y;
-                    turned()[2*((row/8*n_steps(c) + pair/8)*32 + row % 8*4 + pair % 4) + pair/4 % 2] = tq_pack(wc, ws);
-                    sum += wc;
+        for (int r = 0; r < cfg::n_rows/8; ++r) {
+            float sum[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                sum[i] = 0.0f;
+                if (8*r + i < n_rows_used) {
+#pragma unroll
+                    for (int k = 0; k < D/64; ++k) {
+                        const int    pair = lane + 32*k;
+                        const float2 w    = weight(weights, 8*r + i, pair);
+                        const float  wc   = w.x*at[k].x + w.y*at[k].y;
+                        const float  ws   = w.y*at[k].x - w.x*at[k].y;
+                        sum[i] += wc;
+                        if (pair < 8*n) {
+                            turned_at[2*((r*n + 4*k)*cfg::step_pitch + 4*i)] = tq_pack(wc, ws);
+                        }
+                    }
                 }
             }
+            // over the lanes; lane l is left with row l/4 of the eight
 #pragma unroll
-            for (int h = 16; h > 0; h /= 2) {
-                sum += __shfl_xor_sync(TQ_WARP, sum, h);
+            for (int h = 4; h > 0; h /= 2) {
+                const bool upper = lane & 4*h;
+#pragma unroll
+                for (int i = 0; i < h; ++i) {
+                    const float x = __shfl_xor_sync(TQ_WARP, upper ? sum[i] : sum[i + h], 4*h);
+                    sum[i] = (upper ? sum[i + h] : sum[i]) + x;
+                }
             }
-            if (lane == 0) {
-                sums()[row] = sum + weights[cfg::n_rows*D + row];
+            sum[0] += __shfl_xor_sync(TQ_WARP, sum[0], 2);
+            sum[0] += __shfl_xor_sync(TQ_WARP, sum[0], 1);
+            if (lane % 4 == 0) {
+                sums()[8*r + lane/4] = sum[0] + rest(weights, 8*r + lane/4);
             }
         }
     }
 
     // s += the centers' part of the scores of a tile
     // positions p of this lane's cells; first: that of the first cell of the span
-    template <int R8> __device__ void score(const tq_attention_args & args, const float * weights, const int * p, int first, int tile,
+    template <int R8> __device__ void score(const tq_attention_args & args, float * weights, const int * p, int first, int tile,
             const bool (*seen)[4], float (*s)[4]) const {
         const tq_key_center & c = args.center;
         const int lane = threadIdx.x % 32;
@@ -380,14 +429,33 @@ template <typename cfg> struct tq_center_shared {
                 s[r][3] += sum.y;
             }
             const int n = n_steps(c);
-#pragma unroll 2
-            for (int step = 0; step < n; ++step) {
-                const uint4 w = steps()[(tile*n + step)*32 + lane];
+            float other[R8][4] = {}; // so that steps wait less for each other
+            const auto step = [&](int i, float (*acc)[4]) {
+                const uint4 w = steps()[(tile*n + i)*32 + lane];
                 const uint32_t a[4] = { w.x, w.y, w.z, w.w };
 #pragma unroll
                 for (int r = 0; r < R8; ++r) {
-                    const uint2 b = ((const uint2 *) turned())[(r*n + step)*32 + lane];
-                    tq_mma(s[r], a, b.x, b.y);
+                    const uint2 b = turned()[(r*n + i)*cfg::step_pitch + lane];
+                    tq_mma(acc[r], a, b.x, b.y);
+                }
+            };
+            if (n == D/16) {
+#pragma unroll
+                for (int i = 0; i < D/16; i += 2) {
+                    step(i,     s);
+                    step(i + 1, other);
+                }
+            } else {
+#pragma unroll 1
+                for (int i = 0; i < n; ++i) {
+                    step(i, other);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < R8; ++r) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    s[r][i] += other[r][i];
                 }
             }
             return;
@@ -397,17 +465,18 @@ template <typename cfg> struct tq_center_shared {
             float sum[R8][2];
 #pragma unroll
             for (int r = 0; r < R8; ++r) {
-                sum[r][0] = weights[cfg::n_rows*D + 8*r + 2*j];
-                sum[r][1] = weights[cfg::n_rows*D + 8*r + 2*j + 1];
+                sum[r][0] = rest(weights, 8*r + 2*j);
+                sum[r][1] = rest(weights, 8*r + 2*j + 1);
             }
 #pragma unroll 1
             for (int pair = 0; pair < c.n_rot/2; ++pair) {
                 const float2 at = tq_center_turn(c, pair, p[t]);
 #pragma unroll
                 for (int r = 0; r < R8; ++r) {
-                    const float2 * w = (const float2 *) weights + pair*cfg::n_rows + 8*r + 2*j;
-                    sum[r][0] += w[0].x*at.x + w[0].y*at.y;
-                    sum[r][1] += w[1].x*at.x + w[1].y*at.y;
+                    const float2 w0 = weight(weights, 8*r + 2*j,     pair);
+                    const float2 w1 = weight(weights, 8*r + 2*j + 1, pair);
+                    sum[r][0] += w0.x*at.x + w0.y*at.y;
+                    sum[r][1] += w1.x*at.x + w1.y*at.y;
                 }
             }
 #pragma unroll
@@ -418,6 +487,39 @@ template <typename cfg> struct tq_center_shared {
         }
     }
 };
+
+// coordinates lane and lane + 32 of the output of a row, from its parts; sink: a score (base 2) without a value
+template <int D> static __device__ __forceinline__ float2 tq_combine(const float * part_o, const float2 * part_ml, int n_splits, float sink) {
+    float  top = fmaxf(sink, -1e30f);
+    float  sum = tq_exp2(sink - top);
+    float2 o   = make_float2(0.0f, 0.0f);
+    for (int i0 = 0; i0 < n_splits; i0 += 16) { // so many loads at once
+        float2 ml[16];
+        float2 part[16];
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const bool some = i0 + i < n_splits;
+            ml  [i] = some ? __ldcg(part_ml + i0 + i) : make_float2(-1e30f, 0.0f);
+            part[i] = some ? make_float2(__ldcg(part_o + (i0 + i)*D), __ldcg(part_o + (i0 + i)*D + 32)) : make_float2(0.0f, 0.0f);
+        }
+        const float before = top;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            top = fmaxf(top, ml[i].x);
+        }
+        const float down = tq_exp2(before - top);
+        sum *= down;
+        o = tq_scale(o, down);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const float w = tq_exp2(ml[i].x - top);
+            sum += ml[i].y*w;
+            o.x += part[i].x*w;
+            o.y += part[i].y*w;
+        }
+    }
+    return tq_scale(o, sum > 0.0f ? 1.0f/sum : sum == 0.0f ? 0.0f : sum); // a NaN passes
+}
 
 template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits, bool centered>
 static __global__ void __launch_bounds__(32*tq_attention_config<D, R8, k_kind, k_bits, v_kind, v_bits>::n_warps, 1)
@@ -433,10 +535,11 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     extern __shared__ __align__(256) char shared[];
     char  * const table    = shared;
     half  * const q_shared = (half *) (shared + cfg::table_bytes);
-    float * const weights  = (float *) (shared + cfg::table_bytes + cfg::q_bytes);         // [D/2][n_rows][2], [n_rows]
+    float * const weights  = (float *) (shared + cfg::table_bytes + cfg::q_bytes); // of centered keys
     char  * const stages   = shared + cfg::table_bytes + cfg::q_bytes + cfg::weight_bytes;
     const tq_center_shared<cfg> centers = { shared + cfg::loop_bytes };
     __shared__ half levels[2][16];
+    __shared__ int  merge_top[n_rows];
 
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
@@ -444,19 +547,35 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     const int j    = lane % 4;
 
     const int split  = blockIdx.y;
-    const int head   = blockIdx.x % args.n_head_kv;
-    const int row0   = blockIdx.x / args.n_head_kv*n_rows;
+    const uint2 part_and_head = fast_div_modulo(blockIdx.x, args.head_kv_div);
+    const int row0   = part_and_head.x*n_rows;
+    const int head   = part_and_head.y;
     const int stream = blockIdx.z;
-    const int group  = args.n_head/args.n_head_kv;
+    const int group  = args.group_div.z;
     const int n_rows_used = min(n_rows, group*args.n_q - row0);
 
+    if (threadIdx.x < n_rows) {
+        merge_top[threadIdx.x] = INT_MIN;
+    }
     // pairs of levels
     if (threadIdx.x < 16) {
         levels[0][threadIdx.x] = __float2half_rn(tq_level<k_kind, k_bits>(args.k_codec, threadIdx.x));
     } else if (threadIdx.x < 32) {
         levels[1][threadIdx.x - 16] = __float2half_rn(tq_level<v_kind, v_bits>(args.v_codec, threadIdx.x - 16));
     }
-    ggml_cuda_pdl_sync();
+    __syncthreads();
+    {
+        const half * of = levels[threadIdx.x / 8 % 2];
+        const half  low = of[threadIdx.x / 16 % 16]; // 2*n_warps entries on, the low nibble is the same
+#pragma unroll
+        for (int i = threadIdx.x; i < cfg::table_bytes/16; i += 32*n_warps) {
+            const half2 pair = __halves2half2(low, of[i / 256]);
+            const uint32_t w = *(const uint32_t *) &pair;
+            ((uint4 *) table)[i] = make_uint4(w, w, w, w);
+        }
+    }
+
+    ggml_cuda_pdl_sync(); // so far nothing was read that another kernel writes
 
     // what this warp reads
     const char * k_base = args.k + head*args.k_nb[1] + stream*args.k_nb[2];
@@ -491,15 +610,6 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         issue(it);
     }
 
-    __syncthreads();
-    for (int i = threadIdx.x; i < cfg::table_bytes/16; i += 32*n_warps) {
-        const int entry = i / 16;
-        const half * of = levels[i / 8 % 2];
-        const half2 pair = __halves2half2(of[entry & 15], of[entry >> 4]);
-        const uint32_t w = *(const uint32_t *) &pair;
-        ((uint4 *) table)[i] = make_uint4(w, w, w, w);
-    }
-
     // queries, rotated, as the operands of the steps: [row/8][block][s][lane][n]
     const float q_scale = args.cap != 0.0f ? args.scale/args.cap : args.scale*1.44269504f;
     for (int i = warp; i < n_rows*n_blocks; i += n_warps) {
@@ -507,8 +617,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         const int b   = i % n_blocks;
         float2 x = make_float2(0.0f, 0.0f);
         if (row < n_rows_used) {
-            const float * q = (const float *) ((const char *) args.q + (row0 + row)/group*args.q_nb[0] +
-                (head*group + (row0 + row) % group)*args.q_nb[1] + stream*args.q_nb[2]) + 64*b + lane;
+            const float * q = tq_query(args, head, row0 + row, stream) + 64*b + lane;
             x = make_float2(q[0]*q_scale, q[32]*q_scale);
             if constexpr (centered) {
                 x.x *= tq_center_scale(args.center, head, 64*b + lane,      2);
@@ -552,16 +661,15 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     for (int r = 0; r < R8; ++r) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const int row = min(row0 + 8*r + 2*j + e, group*args.n_q - 1);
+            const tq_row_place place = tq_place_of(args, head, min(row0 + 8*r + 2*j + e, group*args.n_q - 1));
             slope[r][e] = 1.44269504f;
             if (args.max_bias > 0.0f) {
-                const int   h  = head*group + row % group;
                 const int   n2 = 1 << (31 - __clz(args.n_head));
                 const float m0 = exp2f(-args.max_bias/n2);
                 const float m1 = exp2f(-args.max_bias/n2/2.0f);
-                slope[r][e] *= h < n2 ? powf(m0, h + 1) : powf(m1, 2*(h - n2) + 1);
+                slope[r][e] *= place.head < n2 ? powf(m0, place.head + 1) : powf(m1, 2*(place.head - n2) + 1);
             }
-            mask_at[r][e] = row/group*(int) (args.mask_nb1/sizeof(half));
+            mask_at[r][e] = place.query*(int) (args.mask_nb1/sizeof(half));
         }
     }
 
@@ -677,14 +785,20 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
             centers.template score<R8>(args, weights, p, span_first, it % 4, seen, s);
         }
 
+        if (args.cap != 0.0f) { // cap*tanh(s)
+#pragma unroll
+            for (int r = 0; r < R8; ++r) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    s[r][i] = args.cap*1.44269504f*(1.0f - 2.0f/(1.0f + tq_exp2(2.88539008f*s[r][i])));
+                }
+            }
+        }
         bool raise = false;
 #pragma unroll
         for (int r = 0; r < R8; ++r) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                if (args.cap != 0.0f) { // cap*tanh(s)
-                    s[r][i] = args.cap*1.44269504f*(1.0f - 2.0f/(1.0f + tq_exp2(2.88539008f*s[r][i])));
-                }
                 s[r][i] = seen[r][i] ? s[r][i] + __half2float(__ushort_as_half(mask_of[r][i]))*slope[r][i % 2] : -INFINITY;
                 raise |= s[r][i] > m[r][i % 2] + 6.0f;
             }
@@ -774,19 +888,17 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         __syncwarp();
     }
     tq_copy_wait<0>();
-    ggml_cuda_pdl_lc();
 
     // the warps' parts become one
     __syncthreads();
-    float2 * merge_ml = (float2 *) shared;                         // [n_warps][n_rows]
-    float4 * merge_o  = (float4 *) (merge_ml + n_warps*n_rows);    // [n_warps][R8][n_blocks*4][32]
+    float  * merge_l = (float *) shared;                   // [n_warps][n_rows]
+    float4 * merge_o = (float4 *) (merge_l + n_warps*n_rows); // [n_warps][R8][n_blocks*4][32]
+    if (g == 0) {
 #pragma unroll
-    for (int r = 0; r < R8; ++r) {
+        for (int r = 0; r < R8; ++r) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            l[r][e] = tq_sum_of_cells(l[r][e]);
-            if (g == 0) {
-                merge_ml[warp*n_rows + 8*r + 2*j + e] = make_float2(m[r][e], l[r][e]);
+            for (int e = 0; e < 2; ++e) {
+                atomicMax(&merge_top[8*r + 2*j + e], tq_ordered(m[r][e]));
             }
         }
     }
@@ -796,12 +908,12 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         float down[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            float top = -1e30f;
-#pragma unroll
-            for (int w = 0; w < n_warps; ++w) {
-                top = fmaxf(top, merge_ml[w*n_rows + 8*r + 2*j + e].x);
+            down[e] = tq_exp2(m[r][e] - tq_unordered(merge_top[8*r + 2*j + e]));
+            l[r][e] = tq_sum_of_cells(l[r][e]);
+            if (g == 0) {
+                merge_l[warp*n_rows + 8*r + 2*j + e] = l[r][e]*down[e];
             }
-            down[e] = tq_exp2(m[r][e] - top)*d_ref;
+            down[e] *= d_ref;
         }
 #pragma unroll
         for (int i = 0; i < n_blocks*4; ++i) {
@@ -811,8 +923,8 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     }
     __syncthreads();
     const auto part_of = [&](int row) { // of the output
-        const int n = row0 + row;
-        return (((int64_t) stream*args.n_q + n/group)*args.n_head + head*group + n % group)*args.n_splits + split;
+        const tq_row_place place = tq_place_of(args, head, row0 + row);
+        return (((int64_t) stream*args.n_q + place.query)*args.n_head + place.head)*args.n_splits + split;
     };
     for (int i = threadIdx.x; i < R8*n_blocks*4*32; i += 32*n_warps) { // 32*n_warps is a multiple of 32: the lane stays the same
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -839,18 +951,40 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         }
     }
     if (threadIdx.x < n_rows_used) {
-        const float2 * ml = merge_ml + threadIdx.x;
-        float top = -1e30f;
         float all = 0.0f;
 #pragma unroll
         for (int w = 0; w < n_warps; ++w) {
-            top = fmaxf(top, ml[w*n_rows].x);
+            all += merge_l[w*n_rows + threadIdx.x];
         }
-#pragma unroll
-        for (int w = 0; w < n_warps; ++w) {
-            all += ml[w*n_rows].y*tq_exp2(ml[w*n_rows].x - top);
+        args.part_ml[part_of(threadIdx.x)] = make_float2(tq_unordered(merge_top[threadIdx.x]), all);
+    }
+
+    // the last of the blocks with these rows combines them
+    __shared__ bool is_last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int * n_done = args.n_done + blockIdx.z*gridDim.x + blockIdx.x;
+        is_last = atomicAdd(n_done, 1) == args.n_splits - 1;
+        if (is_last) {
+            *n_done = 0;
         }
-        args.part_ml[part_of(threadIdx.x)] = make_float2(top, all);
+    }
+    ggml_cuda_pdl_lc();
+    __syncthreads();
+    if (!is_last) {
+        return;
+    }
+    __threadfence();
+    for (int i = warp; i < n_rows_used*n_blocks; i += n_warps) { // a warp a block of 64
+        const int row = i / n_blocks;
+        const int64_t part = part_of(row) - split;
+        const float sink = args.sinks ? args.sinks[tq_place_of(args, head, row0 + row).head]*1.44269504f : -INFINITY;
+        const float2 o = tq_combine<D>(args.part_o + part*D + i % n_blocks*64 + lane, args.part_ml + part, args.n_splits, sink);
+        const float2 x = tq_rht_inverse(o, args.v_codec.rotation, lane);
+        float * dst = args.dst + part/args.n_splits*D + i % n_blocks*64 + lane;
+        dst[ 0] = x.x;
+        dst[32] = x.y;
     }
 #else
     GGML_UNUSED(args);

@@ -34,6 +34,7 @@ static void report(bool ok, const char * what, ggml_type type, const std::string
 struct run {
     ggml_context_ptr        ctx { ggml_init({ 32*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
     ggml_backend_buffer_ptr buffer;
+    ggml_cgraph * graph = nullptr;
     std::vector<std::pair<ggml_tensor *, std::function<void(ggml_tensor *)>>> inputs;
 
     ggml_tensor * input(ggml_tensor * t, std::function<void(ggml_tensor *)> set) {
@@ -50,7 +51,7 @@ struct run {
         if (!ggml_backend_supports_op(backend, op)) {
             return false;
         }
-        ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), 16, false);
+        graph = ggml_new_graph_custom(ctx.get(), 16, false);
         ggml_build_forward_expand(graph, op);
         buffer.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
         ggml_backend_buffer_clear(buffer.get(), 0x5a); // what is not written shows
@@ -416,6 +417,8 @@ static void test_attention(const attn_case & c, std::mt19937_64 & rng) {
         return;
     }
     const std::vector<float> got = get<float>(out); // [d_v, head, query, stream]
+    ggml_backend_graph_compute(backend, r.graph);
+    report(memcmp(got.data(), get<float>(out).data(), ggml_nbytes(out)) == 0, "FLASH_ATTN_EXT", c.type_k, std::string(what) + ": another result");
 
     double err  = 0.0;
     double norm = 0.0;
