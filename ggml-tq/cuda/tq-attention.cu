@@ -12,7 +12,13 @@ static bool has_tensor_cores(int device) {
 
 static tq_attention_kernel find(ggml_type k_type, ggml_type v_type, int head_dim, int n_rows) {
     tq_attention_kernel kernel = {};
-    tq_dispatch(k_type, [&](auto kind, auto bits) { kernel = tq_attention_find<kind, bits>(v_type, head_dim, n_rows); });
+    tq_dispatch(k_type, [&](auto k_kind, auto k_bits) {
+        tq_dispatch(v_type, [&](auto v_kind, auto v_bits) {
+            if constexpr (v_kind != TQ_KIND_QJL) { // nobody has values of those types
+                kernel = tq_attention_find<k_kind, k_bits, v_kind>(v_bits, head_dim, n_rows);
+            }
+        });
+    });
     return kernel;
 }
 

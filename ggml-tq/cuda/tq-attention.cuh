@@ -10,13 +10,8 @@
 #include "tq-fragment.cuh"
 #include "tq-kernel.cuh"
 
-#define TQ_TILE 16
-#ifndef TQ_STAGES
-#define TQ_STAGES 2
-#endif
-#ifndef TQ_WARPS
-#define TQ_WARPS 16
-#endif
+#define TQ_TILE   16 // cells
+#define TQ_STAGES 2  // tiles of a warp in shared memory
 
 struct tq_attention_args {
     const char * k;
@@ -73,7 +68,7 @@ template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
     using v_row = tq_row_layout<D, v_bits>;
     static constexpr int n_blocks = D/64;
     static constexpr int n_rows   = 8*R8;
-    static constexpr int n_warps  = D*R8 <= 128 ? TQ_WARPS : 8;
+    static constexpr int n_warps  = D*R8 <= 128 ? 16 : 8;
     static constexpr bool q_in_registers = D*R8 <= 128;
 
     static constexpr int k_entries    = tq_pairs<k_kind, k_bits>::n_entries;
@@ -284,14 +279,13 @@ template <typename cfg> struct tq_center_shared {
     static __device__ float2 & weight(float * weights, int row, int pair) { return ((float2 *) weights)[row*cfg::weight_pitch + pair]; }
     static __device__ float  & rest  (float * weights, int row)           { return weights[cfg::n_rows*2*cfg::weight_pitch + row]; }
 
-    static __device__ int n_steps(const tq_key_center & c) { return (c.n_rot + 15)/16; }
+    static constexpr int n_steps = D/16; // those past n_rot are zero
 
     // weights, and the operand of cosines and sines. The center m of a key head is looked up here and nowhere else.
     __device__ void start(const tq_attention_args & args, float * weights, int row0, int n_rows_used, int head, int stream, float q_scale) const {
         const tq_key_center & c = args.center;
         const float * m = c.centers + (int64_t) head*c.head_dim;
         const int n_pairs = c.n_rot/2;
-        const int n_all   = 4*n_steps(c)*32;
         constexpr int n_threads = 32*cfg::n_warps;
 #pragma unroll
         for (int i0 = 0; i0 < cfg::n_rows*D/2; i0 += n_threads) {
@@ -324,22 +318,20 @@ template <typename cfg> struct tq_center_shared {
             span()[i] = i < n_pairs ? make_float2(c.table[64*c.n_rot + i], c.table[64*c.n_rot + i + n_pairs]) : make_float2(0.0f, 0.0f);
         }
 #pragma unroll
-        for (int i0 = 0; i0 < 4*(D/16)*32; i0 += n_threads) {
+        for (int i0 = 0; i0 < 4*n_steps*32; i0 += n_threads) {
             const int i    = i0 + threadIdx.x;
             const int g    = i % 32 / 4;
             const int j    = i % 4;
-            const int step = i / 32 % n_steps(c);
-            const int tile = i / 32 / n_steps(c);
+            const int step = i / 32 % n_steps;
+            const int tile = i / 32 / n_steps;
             uint32_t a[4];
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const int pair = 8*step + j + 4*(k/2);
                 const float * row = c.table + (16*tile + g + 8*(k % 2))*c.n_rot + pair;
-                a[k] = i < n_all && pair < n_pairs ? tq_pack(row[0] - 1.0f, row[n_pairs]) : 0;
+                a[k] = pair < n_pairs ? tq_pack(row[0] - 1.0f, row[n_pairs]) : 0;
             }
-            if (i < n_all) {
-                steps()[i] = make_uint4(a[0], a[1], a[2], a[3]);
-            }
+            steps()[i] = make_uint4(a[0], a[1], a[2], a[3]);
         }
     }
 
@@ -360,24 +352,23 @@ template <typename cfg> struct tq_center_shared {
             }
             this->at()[32*i] = at[i];
         }
-        const int n = n_steps(c);
         uint32_t * turned_at = (uint32_t *) (turned() + lane/8*cfg::step_pitch + lane % 4) + lane/4 % 2;
 #pragma unroll
         for (int r = 0; r < cfg::n_rows/8; ++r) {
             float sum[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                sum[i] = 0.0f;
-                if (8*r + i < n_rows_used) {
+            for (int i0 = 0; i0 < 8; i0 += 4) { // four rows, or none of them
+                sum[i0] = sum[i0 + 1] = sum[i0 + 2] = sum[i0 + 3] = 0.0f;
+                if (8*r + i0 < n_rows_used) {
 #pragma unroll
-                    for (int k = 0; k < D/64; ++k) {
-                        const int    pair = lane + 32*k;
-                        const float2 w    = weight(weights, 8*r + i, pair);
-                        const float  wc   = w.x*at[k].x + w.y*at[k].y;
-                        const float  ws   = w.y*at[k].x - w.x*at[k].y;
-                        sum[i] += wc;
-                        if (pair < 8*n) {
-                            turned_at[2*((r*n + 4*k)*cfg::step_pitch + 4*i)] = tq_pack(wc, ws);
+                    for (int i = i0; i < i0 + 4; ++i) {
+#pragma unroll
+                        for (int k = 0; k < D/64; ++k) {
+                            const float2 w  = weight(weights, 8*r + i, lane + 32*k);
+                            const float  wc = w.x*at[k].x + w.y*at[k].y;
+                            const float  ws = w.y*at[k].x - w.x*at[k].y;
+                            sum[i] += wc;
+                            turned_at[2*((r*n_steps + 4*k)*cfg::step_pitch + 4*i)] = tq_pack(wc, ws);
                         }
                     }
                 }
@@ -400,16 +391,40 @@ template <typename cfg> struct tq_center_shared {
         }
     }
 
-    // s += the centers' part of the scores of a tile
-    // positions p of this lane's cells; first: that of the first cell of the span
-    template <int R8> __device__ void score(const tq_attention_args & args, float * weights, const int * p, int first, int tile,
-            const bool (*seen)[4], float (*s)[4]) const {
-        const tq_key_center & c = args.center;
+    // the centers' part of the scores of a tile, if its positions are in order
+    template <int R8> __device__ void score(int tile, float (*s)[4]) const {
         const int lane = threadIdx.x % 32;
-        const int g    = lane / 4;
         const int j    = lane % 4;
+        float other[R8][4] = {}; // so that steps wait less for each other
+#pragma unroll
+        for (int r = 0; r < R8; ++r) {
+            const float2 sum = *(const float2 *) (sums() + 8*r + 2*j);
+            s[r][0] = s[r][2] = sum.x;
+            s[r][1] = s[r][3] = sum.y;
+        }
+#pragma unroll
+        for (int i = 0; i < n_steps; ++i) {
+            const uint4 w = steps()[(tile*n_steps + i)*32 + lane];
+            const uint32_t a[4] = { w.x, w.y, w.z, w.w };
+#pragma unroll
+            for (int r = 0; r < R8; ++r) {
+                const uint2 b = turned()[(r*n_steps + i)*cfg::step_pitch + lane];
+                tq_mma(i % 2 ? other[r] : s[r], a, b.x, b.y);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < R8; ++r) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                s[r][i] += other[r][i];
+            }
+        }
+    }
 
-        bool in_order = true;
+    // whether they are, of the cells that are seen: positions p of this lane's cells; first: that of the first cell of the span
+    template <int R8> static __device__ bool in_order(const int * p, int first, int tile, const bool (*seen)[4]) {
+        const int g  = threadIdx.x % 32 / 4;
+        bool      ok = true;
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
             bool any = false;
@@ -417,49 +432,15 @@ template <typename cfg> struct tq_center_shared {
             for (int r = 0; r < R8; ++r) {
                 any |= seen[r][2*t] || seen[r][2*t + 1];
             }
-            in_order &= !any || p[t] == first + TQ_TILE*tile + g + 8*t;
+            ok &= !any || p[t] == first + TQ_TILE*tile + g + 8*t;
         }
-        if (__all_sync(TQ_WARP, in_order)) {
-#pragma unroll
-            for (int r = 0; r < R8; ++r) {
-                const float2 sum = *(const float2 *) (sums() + 8*r + 2*j);
-                s[r][0] += sum.x;
-                s[r][1] += sum.y;
-                s[r][2] += sum.x;
-                s[r][3] += sum.y;
-            }
-            const int n = n_steps(c);
-            float other[R8][4] = {}; // so that steps wait less for each other
-            const auto step = [&](int i, float (*acc)[4]) {
-                const uint4 w = steps()[(tile*n + i)*32 + lane];
-                const uint32_t a[4] = { w.x, w.y, w.z, w.w };
-#pragma unroll
-                for (int r = 0; r < R8; ++r) {
-                    const uint2 b = turned()[(r*n + i)*cfg::step_pitch + lane];
-                    tq_mma(acc[r], a, b.x, b.y);
-                }
-            };
-            if (n == D/16) {
-#pragma unroll
-                for (int i = 0; i < D/16; i += 2) {
-                    step(i,     s);
-                    step(i + 1, other);
-                }
-            } else {
-#pragma unroll 1
-                for (int i = 0; i < n; ++i) {
-                    step(i, other);
-                }
-            }
-#pragma unroll
-            for (int r = 0; r < R8; ++r) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    s[r][i] += other[r][i];
-                }
-            }
-            return;
-        }
+        return __all_sync(TQ_WARP, ok);
+    }
+
+    // the same at any positions
+    template <int R8> __device__ void score_any(const tq_attention_args & args, float * weights, const int * p, float (*s)[4]) const {
+        const tq_key_center & c = args.center;
+        const int j = threadIdx.x % 4;
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
             float sum[R8][2];
@@ -481,8 +462,8 @@ template <typename cfg> struct tq_center_shared {
             }
 #pragma unroll
             for (int r = 0; r < R8; ++r) {
-                s[r][2*t    ] += sum[r][0];
-                s[r][2*t + 1] += sum[r][1];
+                s[r][2*t    ] = sum[r][0];
+                s[r][2*t + 1] = sum[r][1];
             }
         }
     }
@@ -731,6 +712,10 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         const char * vx = stage + vx_at;
         const char * vy = stage + vy_at;
 
+        float center[R8][4];
+        if constexpr (centered) {
+            centers.template score<R8>(it % 4, center);
+        }
         bool  seen[R8][4];
         float s[R8][4];
 #pragma unroll
@@ -782,7 +767,16 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
             }
         }
         if constexpr (centered) {
-            centers.template score<R8>(args, weights, p, span_first, it % 4, seen, s);
+            if (!centers.template in_order<R8>(p, span_first, it % 4, seen)) {
+                centers.template score_any<R8>(args, weights, p, center);
+            }
+#pragma unroll
+            for (int r = 0; r < R8; ++r) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    s[r][i] += center[r][i];
+                }
+            }
         }
 
         if (args.cap != 0.0f) { // cap*tanh(s)
@@ -1016,5 +1010,5 @@ static tq_attention_kernel tq_attention_instance() {
     }, cfg::n_warps, cfg::n_rows, cfg::shared_bytes, cfg::center_bytes };
 }
 
-// the instances of one key type; { nullptr, ... } where there is none
-template <tq_kind k_kind, int k_bits> tq_attention_kernel tq_attention_find(ggml_type v_type, int head_dim, int n_rows);
+// the instances of a key type and a kind of value types; { nullptr, ... } where there is none
+template <tq_kind k_kind, int k_bits, tq_kind v_kind> tq_attention_kernel tq_attention_find(int v_bits, int head_dim, int n_rows);

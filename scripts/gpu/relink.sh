@@ -16,7 +16,7 @@ shift
 export FROM_SOURCE=1
 
 "$root/scripts/gpu/build.sh" "$dir/cuda" help > /dev/null
-for source in tq-decode.cu tq-encode.cu tq-ops.cu "$@"; do
+for source in $(cd "$root/ggml-tq/cuda" && ls ./*.cu template-instances/*.cu | sed 's|.*/||') "$@"; do
     ninja -C "$dir/cuda" -t targets all | sed -n "s|^\(.*/ggml-cuda.dir/.*/\{0,1\}$source\.o\): .*|\1|p"
 done > "$dir/compiled"
 xargs ninja -C "$dir/cuda" < "$dir/compiled"

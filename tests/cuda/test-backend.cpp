@@ -1,7 +1,7 @@
 // A device's ops on the cache types against the C library: rows that SET_ROWS and CPY encode must be equal to the bit, and so
 // must what GET_ROWS and CPY decode; FLASH_ATTN_EXT is compared with attention in double precision, with and without centered
 // keys, over views as a cache's. Also with parameters that are not the built-in ones.
-// usage: test-backend [device]
+// usage: test-backend [device [part of a type's name]]
 
 #include "ggml.h"
 #include "ggml-backend.h"
@@ -465,7 +465,14 @@ static void test_attention(const attn_case & c, std::mt19937_64 & rng) {
 
 int main(int argc, char ** argv) {
     ggml_backend_load_all();
-    const char * name = argc > 1 ? argv[1] : "CUDA0";
+    const char * name   = argc > 1 ? argv[1] : "CUDA0";
+    const char * filter = argc > 2 ? argv[2] : "";
+    std::vector<ggml_type> types; // the others are seen beside them only
+    for (const ggml_type type : { GGML_TQ_TYPE_LIST }) {
+        if (strstr(ggml_type_name(type), filter)) {
+            types.push_back(type);
+        }
+    }
     ggml_backend_dev_t dev = ggml_backend_dev_by_name(name);
     if (!dev) {
         fprintf(stderr, "no device %s\n", name);
@@ -475,7 +482,7 @@ int main(int argc, char ** argv) {
 
     std::mt19937_64 rng(1);
     for (int set = 0; set < 2; ++set) {
-        for (const ggml_type type : { GGML_TQ_TYPE_LIST }) {
+        for (const ggml_type type : types) {
             test_set_rows(type, rng, true,  64,   1,   0);
             test_set_rows(type, rng, true,  1024, 65,  0);
             test_set_rows(type, rng, false, 256,  301, 32);
@@ -495,7 +502,7 @@ int main(int argc, char ** argv) {
         ggml_tq_set_params(set == 0 ? &own : nullptr);
     }
 
-    for (const ggml_type type : { GGML_TQ_TYPE_LIST }) {
+    for (const ggml_type type : types) {
         for (const bool centered : { false, true }) {
             test_attention({ type, type,           64,  64,  4, 2, 256, 1,  1, centered }, rng);
             test_attention({ type, GGML_TYPE_F16,  128, 128, 8, 2, 512, 1,  1, centered }, rng);
@@ -505,7 +512,7 @@ int main(int argc, char ** argv) {
         test_attention({ GGML_TYPE_F16, type, 128, 128, 8, 2, 512, 7, 1, false }, rng);
     }
     // few queries: every pair of the types, every head dim, groups that fill a tile of rows and that do not
-    for (const ggml_type k : { GGML_TQ_TYPE_LIST }) {
+    for (const ggml_type k : types) {
         for (const ggml_type v : { GGML_TQ_TYPE_LIST }) {
             test_attention({ k, v,  64,  64,  9, 3, 300, 1, 1, true, true }, rng);
             test_attention({ k, v, 128, 128, 12, 3, 517, 2, 1, false }, rng);
