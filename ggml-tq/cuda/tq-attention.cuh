@@ -275,13 +275,14 @@ template <typename cfg> struct tq_center_shared {
     // [pair]: cosine and sine of 64 positions
     __device__ float2 * span() const { return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::turned_bytes + cfg::n_rows*4 + D*4)); }
 
-    // [row][pair] of (wc, ws), then [row] of what does not turn
+    // [row][pair] of (wc, ws), then [row] of what does not turn and [row] of what is the score's part at position 0
     static __device__ float2 & weight(float * weights, int row, int pair) { return ((float2 *) weights)[row*cfg::weight_pitch + pair]; }
     static __device__ float  & rest  (float * weights, int row)           { return weights[cfg::n_rows*2*cfg::weight_pitch + row]; }
+    static __device__ float  & first (float * weights, int row)           { return weights[cfg::n_rows*(2*cfg::weight_pitch + 1) + row]; }
 
     static constexpr int n_steps = D/16; // those past n_rot are zero
 
-    // weights, and the operand of cosines and sines. The center m of a key head is looked up here and nowhere else.
+    // weights, and the operand of cosines and sines. The centers of a key head are looked up here and nowhere else.
     __device__ void start(const tq_attention_args & args, float * weights, int row0, int n_rows_used, int head, int stream, float q_scale) const {
         const tq_key_center & c = args.center;
         const float * m = c.centers + (int64_t) head*c.head_dim;
@@ -309,6 +310,24 @@ template <typename cfg> struct tq_center_shared {
                 }
             }
             rest(weights, threadIdx.x) = sum;
+        }
+        const float * m0 = m + (int64_t) 3*c.n_head*c.head_dim;
+        for (int row = threadIdx.x/32; row < cfg::n_rows; row += cfg::n_warps) {
+            float sum = 0.0f;
+            if (row < n_rows_used) {
+                const float * q = tq_query(args, head, row0 + row, stream);
+#pragma unroll
+                for (int i = 0; i < D; i += 32) {
+                    sum += q_scale*q[i + threadIdx.x % 32]*m0[i + threadIdx.x % 32];
+                }
+            }
+#pragma unroll
+            for (int h = 16; h > 0; h /= 2) {
+                sum += __shfl_xor_sync(TQ_WARP, sum, h);
+            }
+            if (threadIdx.x % 32 == 0) {
+                first(weights, row) = sum;
+            }
         }
         for (int i = threadIdx.x % 32; i < cfg::turned_bytes/8; i += 32) { // rows that are not used stay 0
             turned()[i] = make_uint2(0, 0);
@@ -421,8 +440,8 @@ template <typename cfg> struct tq_center_shared {
         }
     }
 
-    // whether they are, of the cells that are seen: positions p of this lane's cells; first: that of the first cell of the span
-    template <int R8> static __device__ bool in_order(const int * p, int first, int tile, const bool (*seen)[4]) {
+    // whether they are, of the cells that are seen: positions p of this lane's cells; start: that of the first cell of the span
+    template <int R8> static __device__ bool in_order(const int * p, int start, int tile, const bool (*seen)[4]) {
         const int g  = threadIdx.x % 32 / 4;
         bool      ok = true;
 #pragma unroll
@@ -432,7 +451,7 @@ template <typename cfg> struct tq_center_shared {
             for (int r = 0; r < R8; ++r) {
                 any |= seen[r][2*t] || seen[r][2*t + 1];
             }
-            ok &= !any || p[t] == first + TQ_TILE*tile + g + 8*t;
+            ok &= !any || p[t] == start + TQ_TILE*tile + g + 8*t;
         }
         return __all_sync(TQ_WARP, ok);
     }
@@ -769,6 +788,16 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         if constexpr (centered) {
             if (!centers.template in_order<R8>(p, span_first, it % 4, seen)) {
                 centers.template score_any<R8>(args, weights, p, center);
+            }
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                if (p[t] <= 0) { // position 0 has a center of its own
+#pragma unroll
+                    for (int r = 0; r < R8; ++r) {
+                        center[r][2*t    ] = centers.first(weights, 8*r + 2*j);
+                        center[r][2*t + 1] = centers.first(weights, 8*r + 2*j + 1);
+                    }
+                }
             }
 #pragma unroll
             for (int r = 0; r < R8; ++r) {

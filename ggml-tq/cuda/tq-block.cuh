@@ -378,7 +378,7 @@ static __device__ __forceinline__ int tq_best(const float * quality) {
 // where rows of keys are centered; pos is nullptr where they are not
 struct tq_key_center {
     const int32_t * pos;
-    const float   * centers;  // [head_dim, n_head_kv, 3]: centers, scales, 1/scales
+    const float   * centers;  // [head_dim, n_head_kv, 4]: centers, scales, 1/scales, those of position 0
     const float   * table;    // [n_rot, 768]
     int             head_dim;
     int             n_rot;
@@ -415,7 +415,7 @@ static __device__ __forceinline__ float2 tq_center_turn(const tq_key_center & c,
 
 // X_p(m) at coordinate i of a head
 static __device__ __forceinline__ float tq_center_at(const tq_key_center & c, int head, int i, int p) {
-    const float * m = c.centers + (int64_t) head*c.head_dim;
+    const float * m = c.centers + ((int64_t) (p > 0 ? 0 : 3)*c.n_head + head)*c.head_dim;
     if (i >= c.n_rot) {
         return m[i];
     }

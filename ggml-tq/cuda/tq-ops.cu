@@ -31,7 +31,7 @@ bool ggml_tq_cuda_center_supported(const ggml_tensor * dst, const ggml_tensor * 
     return ggml_tq_is_type(k->type) && centers && table &&
         pos->type == GGML_TYPE_I32 && centers->type == GGML_TYPE_F32 && table->type == GGML_TYPE_F32 &&
         ggml_is_contiguous(pos) && ggml_is_contiguous(centers) && ggml_is_contiguous(table) &&
-        centers->ne[0] % TQ_BLOCK_SIZE == 0 && centers->ne[2] == 3 && k->ne[0] % centers->ne[0] == 0;
+        centers->ne[0] % TQ_BLOCK_SIZE == 0 && centers->ne[2] == 4 && k->ne[0] % centers->ne[0] == 0;
 }
 
 //

@@ -127,7 +127,8 @@ bool tq_validate(enum tq_type type, const void * src, int64_t n);
 void tq_rotate  (const struct tq_params * params, const float * x, float * y, int64_t n);
 void tq_unrotate(const struct tq_params * params, const float * y, float * x, int64_t n);
 
-// Centered keys (section 10): a row holds key - X_p(m), p its position, m the center of its layer and head, X_p RoPE.
+// Centered keys (section 10): a row holds key - X_p(m), p its position, m the center of its layer and head, X_p RoPE. At
+// position 0, whose key is hardly ever like the others, m is another center: `first`.
 
 #define TQ_CENTER_ROWS 768 // of the table
 
@@ -144,11 +145,16 @@ void tq_center_make_table(const double * freqs, int32_t n_rot, float * table);
 // x[head_dim] += sign*X_pos(m), sign 1 or -1
 void tq_center_add(const struct tq_center * center, const float * m, int32_t pos, float sign, float * x);
 
-// <q, X_p(m)> for many positions p: q[head_dim] and m become w[TQ_CENTER_QUERY_SIZE(n_rot)] once, then
+// <q, X_p(m)> for many positions p: q[head_dim], m and `first` become w[TQ_CENTER_QUERY_SIZE(n_rot)] once, then
 // a position takes one product of n_rot terms; what a page of 256 positions shares is made when the page changes
 #define TQ_CENTER_QUERY_SIZE(n_rot) (2*(n_rot) + 1)
-struct tq_center_query { float * w; int32_t page; }; // page: which positions w's second half is made for
-struct tq_center_query tq_center_query_init(const struct tq_center * center, const float * m, const float * q, float * w);
+struct tq_center_query {
+    float * w;
+    int32_t page;  // which positions w's second half is made for
+    float   first; // the score at position 0, whose center is another
+};
+struct tq_center_query tq_center_query_init(const struct tq_center * center, const float * m, const float * first, const float * q,
+    float * w);
 float tq_center_score(const struct tq_center * center, struct tq_center_query * query, int32_t pos);
 
 #ifdef __cplusplus

@@ -61,7 +61,8 @@ void tq_center_add(const struct tq_center * center, const float * m, int32_t pos
 }
 
 // w: [n_rot] the factors of cosines and sines at position 0, [n_rot] at the page's start, then what does not turn
-struct tq_center_query tq_center_query_init(const struct tq_center * center, const float * m, const float * q, float * w) {
+struct tq_center_query tq_center_query_init(const struct tq_center * center, const float * m, const float * first, const float * q,
+        float * w) {
     const int32_t n_rot   = center->n_rot;
     const int32_t n_pairs = n_rot/2;
     for (int32_t i = 0; i < n_pairs; ++i) {
@@ -75,7 +76,11 @@ struct tq_center_query tq_center_query_init(const struct tq_center * center, con
         rest += q[i]*m[i];
     }
     w[2*n_rot] = rest;
-    return (struct tq_center_query) { w, -1 };
+    float score = 0.0f;
+    for (int32_t i = 0; i < center->head_dim; ++i) {
+        score += q[i]*first[i];
+    }
+    return (struct tq_center_query) { w, -1, score };
 }
 
 float tq_center_score(const struct tq_center * center, struct tq_center_query * query, int32_t pos) {
@@ -84,6 +89,9 @@ float tq_center_score(const struct tq_center * center, struct tq_center_query * 
     const float * w  = query->w;
     float       * wp = query->w + n_rot;
     pos = clamp(pos);
+    if (pos == 0) {
+        return query->first;
+    }
     if (query->page != pos/PAGE) {
         query->page = pos/PAGE;
         for (int32_t i = 0; i < n_pairs; ++i) {

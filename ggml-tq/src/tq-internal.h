@@ -15,7 +15,7 @@ void     tq_store_u64(uint8_t * p, uint64_t w);
 // trellis codes (section 9), bits 2, 3 or 4
 
 #define TQ_TRELLIS_INDEX_BITS 5 // of the index into the table of levels
-#define TQ_TRELLIS_BATCH      6 // blocks that are encoded together
+#define TQ_TRELLIS_BATCH      8 // blocks that are encoded together
 
 const float * tq_trellis_table(int bits); // [32]
 

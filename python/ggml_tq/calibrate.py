@@ -1,7 +1,8 @@
 """What a model's metadata are made of.
 
 Codebooks: exact for a block's dimension, the Gaussian limit, or from the model's own rows. Centers: the means of its
-keys before RoPE, over a text. Scales: from what its queries ask of them.
+keys before RoPE, over a text; of those at position 0, the median over many beginnings. Scales: from what its queries
+ask of them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 MAX_BLOCKS = 1 << 16  # for each of keys and values: 4 million coordinates
 CHUNK = 1024  # tokens that a model reads at a time
+BEGINNINGS = 64  # whose keys at position 0 are looked at
+BEGINNING = 16  # tokens of each, of which the runtime's batch is made
 WORTH = 0.8  # the part of the error's power that scales must leave at most, to be used
 FLOOR = 1e-6  # of a head's largest power: what counts for a coordinate with less
 CHARACTERS = 32  # of the text for each token, at most: more than any tokenizer's mean
@@ -116,6 +119,8 @@ class KeySums:
     weight: Doubles  # (heads, 1): of all keys, by what attention loses with them
     weighted: Doubles  # keys
     weighted_squares: Doubles
+    first: Doubles | None = None  # median of the keys at position 0
+    first_left: float = 1.0  # their squared distance from it over that from `mean`, medians of both
 
     @property
     def mean(self) -> Doubles:
@@ -224,10 +229,26 @@ def _add(sums: dict[int, KeySums], kv: Capture, shapes: Sequence[KeyShape]) -> N
             of_layer.key[head] += k.sum(axis=0)
             of_layer.square += float(np.sum(k * k))
             squares, weight = _readers(kv, layer, head)
+            weight[kv.positions == 0] = 0  # `first` leaves next to nothing of these
             of_layer.queries[head] += squares
             of_layer.weight[head] += weight.sum()
             of_layer.weighted[head] += weight @ every
             of_layer.weighted_squares[head] += weight @ every**2
+
+
+def _add_beginnings(sums: dict[int, KeySums], kv: Capture) -> None:
+    """Sets ``first``, from a capture of many beginnings."""
+    counts = kv.positions == 0
+    for index, of_layer in sums.items():
+        k = np.stack([kv.k_pre(index, head)[counts] for head in range(of_layer.key.shape[0])], axis=1).astype(
+            np.float64
+        )
+        if not np.isfinite(k).all():
+            raise CalibrationError(f"layer {index} has keys that are not finite")
+        # not the mean: a few tokens make no sink where they are the first, and have a key of another kind
+        of_layer.first = np.median(k, axis=0)
+        of_mean, of_first = (np.sum((k - center) ** 2, axis=(1, 2)) for center in (of_layer.mean, of_layer.first))
+        of_layer.first_left = float(np.median(of_first) / np.median(of_mean)) if np.any(of_mean) else 1.0
 
 
 def key_sums(
@@ -240,9 +261,10 @@ def key_sums(
 ) -> dict[int, KeySums]:
     """What a model's keys are over ``tokens`` tokens of a text, in chunks of at most CHUNK, by layer.
 
-    The first SINKS tokens of a chunk do not count. Layers without keys before RoPE are left out. ``folder``: where one
-    chunk's capture lies for a while; ``directory``: of the program, see ``find_program``; ``progress`` is told how many
-    tokens are done. Raises CalibrationError, CaptureError, GgufError or OSError.
+    The first SINKS tokens of a chunk do not count. Then come BEGINNINGS, for the keys at position 0. Layers without
+    keys before RoPE are left out. ``folder``: where one chunk's capture lies for a while; ``directory``: of the
+    program, see ``find_program``; ``progress`` is told how many tokens are done. Raises CalibrationError,
+    CaptureError, GgufError or OSError.
     """
     shapes, sums, done = key_shapes(header.entries), dict[int, KeySums](), 0
     n = -(-tokens // CHUNK)
@@ -256,19 +278,27 @@ def key_sums(
             with capture(request, lambda now, _: progress(done + now), directory=directory) as kv:  # noqa: B023
                 _add(sums, kv, shapes)
                 done += len(kv.tokens)
-    if not sums:
-        raise CalibrationError("no layer of this model turns its keys by RoPE as the last step: nothing to center")
-    if not all(of_layer.tokens for of_layer in sums.values()):
-        raise CalibrationError(f"{text}: {done} tokens, of which none is after the first {SINKS} of its chunk")
+        if not sums:
+            raise CalibrationError("no layer of this model turns its keys by RoPE as the last step: nothing to center")
+        if not all(of_layer.tokens for of_layer in sums.values()):
+            raise CalibrationError(f"{text}: {done} tokens, of which none is after the first {SINKS} of its chunk")
+        piece.write_text(content[: BEGINNINGS * BEGINNING * CHARACTERS], encoding="utf-8")
+        request = Request(header.path, piece, output, context=BEGINNING, max_tokens=BEGINNINGS * BEGINNING, force=True)
+        with capture(request, lambda now, _: progress(done + now), directory=directory) as kv:
+            _add_beginnings(sums, kv)
     return sums
 
 
 def mean_centers(header: Header, sums: Mapping[int, KeySums]) -> Centers:
     """The centers of kind ``mean`` and their scales; zeros and ones for layers that have no sums."""
-    shapes = key_shapes(header.entries)
-    parts = [sums[i].mean.ravel() if i in sums else np.zeros(shape.size) for i, shape in enumerate(shapes)]
-    scales = [sums[i].scale.ravel() if i in sums else np.ones(shape.size) for i, shape in enumerate(shapes)]
-    return Centers("mean", *(np.concatenate(p).astype(np.float32) for p in (parts, scales)))
+
+    def of_layers(values: Callable[[KeySums], Doubles], default: float) -> Floats:
+        shapes = enumerate(key_shapes(header.entries))
+        parts = [values(sums[i]).ravel() if i in sums else np.full(shape.size, default) for i, shape in shapes]
+        return np.concatenate(parts).astype(np.float32)
+
+    first = of_layers(lambda of_layer: of_layer.mean if of_layer.first is None else of_layer.first, 0)
+    return Centers("mean", of_layers(lambda s: s.mean, 0), of_layers(lambda s: s.scale, 1), first)
 
 
 def key_biases(header: Header, sums: Mapping[int, KeySums]) -> dict[int, Doubles]:

@@ -1,7 +1,9 @@
 """Centered keys (docs/format.md, section 10): what a key's center is at its token's position, bit for bit.
 
 A center m is a vector in the basis before RoPE. The cache holds key - X_p(m) for position p, and attention adds
-<q, X_p(m)> to the score. X_p is RoPE made from a table, so that encoder and attention have the same bits.
+<q, X_p(m)> to the score. X_p is RoPE made from a table, so that encoder and attention have the same bits. The key at
+position 0, which most models make their attention's sink, has a center of its own: it is hardly ever like the others,
+but in most layers the same for every text.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class Centers:
     kind: Kind
     key: Floats | None = None
     scale: Floats | None = None  # of the rows' coordinates; for `mean` ones, if not given
+    first: Floats | None = None  # centers at position 0; the same as elsewhere, if not given
 
     def __post_init__(self) -> None:
         if self.key is not None and self.scale is None:
@@ -43,10 +46,13 @@ class Centers:
 
     @cached_property
     def hash(self) -> int:
-        """Of ``mean``: 64-bit FNV-1a of the bytes of centers, then of scales. Of ``bias``: as if a layer has one."""
+        """Of ``mean``: 64-bit FNV-1a of the bytes of centers, scales, and what is given for position 0. Of ``bias``: as
+        if a layer has one.
+        """
         if self.key is not None:
             assert self.scale is not None
-            return fnv1a(self.key.astype("<f4").tobytes() + self.scale.astype("<f4").tobytes())
+            parts = (self.key, self.scale) if self.first is None else (self.key, self.scale, self.first)
+            return fnv1a(b"".join(p.astype("<f4").tobytes() for p in parts))
         return BIAS_HASH if self.kind == "bias" else 0
 
 
@@ -100,8 +106,11 @@ class Turn:
     table: Floats  # (768, n_rot)
     neox: bool  # pairs are (i, i + n_rot/2), otherwise (2i, 2i + 1)
 
-    def apply(self, m: ArrayLike, positions: ArrayLike) -> Floats:
-        """X_p(m) of centers m (..., dim) at positions (tokens,): (tokens, ..., dim). Negative positions count as 0."""
+    def apply(self, m: ArrayLike, positions: ArrayLike, first: ArrayLike | None = None) -> Floats:
+        """X_p(m) of centers m (..., dim) at positions (tokens,): (tokens, ..., dim). Negative positions count as 0.
+
+        ``first``: the centers at position 0, if they are others.
+        """
         m = np.asarray(m, dtype=np.float32)
         p = np.maximum(np.asarray(positions, dtype=np.int64), 0) & PAGE**PARTS - 1
         pairs = self.table.shape[1] // 2
@@ -119,4 +128,6 @@ class Turn:
         x = np.repeat(m[None], len(p), axis=0)
         x[..., a] = m[..., a] * c - m[..., b] * s
         x[..., b] = m[..., a] * s + m[..., b] * c
+        if first is not None:
+            x[p == 0] = np.asarray(first, dtype=np.float32)
         return x

@@ -62,6 +62,8 @@ def to_entries(params: Params, centers: Centers, provenance: Mapping[str, str]) 
     if centers.key is not None and centers.scale is not None:
         entries.append(encode_entry(PREFIX + "center.key", T.ARRAY, centers.key.tolist(), T.FLOAT32))
         entries.append(encode_entry(PREFIX + "center.scale", T.ARRAY, centers.scale.tolist(), T.FLOAT32))
+        if centers.first is not None:
+            entries.append(encode_entry(PREFIX + "center.first", T.ARRAY, centers.first.tolist(), T.FLOAT32))
         entries.append(encode_entry(PREFIX + "center.hash", T.UINT64, centers.hash))
     entries += [encode_entry(PROVENANCE + key, T.STRING, text) for key, text in provenance.items()]
     return entries
@@ -111,7 +113,7 @@ class _Reader:
         if kind is None:
             raise ParamsError(PREFIX + "center.kind", f"unknown kind '{name}', want {', '.join(KINDS)}")
         if kind != "mean":
-            for key in (PREFIX + "center.key", PREFIX + "center.scale", PREFIX + "center.hash"):
+            for key in (PREFIX + "center." + name for name in ("key", "scale", "first", "hash")):
                 if key in self.ours:
                     raise ParamsError(key, f"only for the kind mean, not for {kind}")
             return Centers(kind)
@@ -121,8 +123,12 @@ class _Reader:
         except GgufError as e:
             raise ParamsError(PREFIX + "center.key", str(e)) from e
         means = check_centers(values, want, PREFIX + "center.key")
-        scales = self.get("center.scale", T.ARRAY, T.FLOAT32)
-        centers = Centers(kind, means, check_scales(scales, want, PREFIX + "center.scale"))
+        scales = check_scales(self.get("center.scale", T.ARRAY, T.FLOAT32), want, PREFIX + "center.scale")
+        first = None
+        if PREFIX + "center.first" in self.ours:
+            values = self.get("center.first", T.ARRAY, T.FLOAT32)
+            first = check_centers(values, want, PREFIX + "center.first")
+        centers = Centers(kind, means, scales, first)
         if self.get("center.hash", T.UINT64) != centers.hash:
             raise ParamsError(PREFIX + "center.hash", "not that of the centers, which were changed or damaged")
         return centers

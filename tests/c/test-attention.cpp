@@ -50,7 +50,7 @@ static center_tensors make_center(ggml_context * ctx, const attn_case & c, std::
     t.table->op_params[0] = c.n_kv%4 == 0; // both orders of pairs
     t.table->op_params[1] = n_rot;
     tq_center_make_table(freqs.data(), n_rot, (float *) t.table->data);
-    t.m   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.d_k, c.n_head_kv, 3);
+    t.m   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.d_k, c.n_head_kv, 4);
     t.pos = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c.n_kv, 1);
     std::normal_distribution<float> normal;
     const int64_t n = (int64_t) c.d_k*c.n_head_kv;
@@ -59,10 +59,12 @@ static center_tensors make_center(ggml_context * ctx, const attn_case & c, std::
         m[0]   = normal(rng)*20.0f;
         m[n]   = std::exp(0.3f*normal(rng)); // the scale, and its reciprocal
         m[2*n] = 1.0f/m[n];
+        m[3*n] = normal(rng)*30.0f; // the center at position 0
     }
     for (int j = 0; j < c.n_kv; ++j) { // cells are not in the order of positions
         ((int32_t *) t.pos->data)[j] = (int32_t) ((j*7919 + 13) % 100000);
     }
+    ((int32_t *) t.pos->data)[7] = 0;
     return t;
 }
 
@@ -72,10 +74,15 @@ static std::vector<uint8_t> store_centered(ggml_context * ctx, const attn_case &
     std::vector<uint8_t> packed(c.n_head_kv*c.n_kv*ggml_row_size(c.type_k, c.d_k));
     for (int h = 0; h < c.n_head_kv; ++h) { // a cache of one head each, so that rows are in this test's order
         const float * m = (const float *) t.m->data + (int64_t) h*c.d_k;
+        const int64_t plane = (int64_t) c.d_k*c.n_head_kv;
+        const auto add_center = [&](int j, float * row) {
+            const int32_t pos = ((int32_t *) t.pos->data)[j];
+            tq_center_add(&center, pos == 0 ? m + 3*plane : m, pos, 1.0f, row);
+        };
         float * rows = &k[(size_t) h*c.n_kv*c.d_k];
         ggml_tensor * src = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.d_k, c.n_kv);
         for (int j = 0; j < c.n_kv; ++j) {
-            tq_center_add(&center, m, ((int32_t *) t.pos->data)[j], 1.0f, rows + (int64_t) j*c.d_k);
+            add_center(j, rows + (int64_t) j*c.d_k);
         }
         memcpy(src->data, rows, ggml_nbytes(src));
         ggml_tensor * idx = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, c.n_kv);
@@ -85,7 +92,7 @@ static std::vector<uint8_t> store_centered(ggml_context * ctx, const attn_case &
         ggml_tensor * cache = ggml_new_tensor_2d(ctx, c.type_k, c.d_k, c.n_kv);
         ggml_tensor * set   = ggml_set_rows(ctx, cache, src, idx);
         set->src[GGML_TQ_SRC_SET_ROWS + 0] = t.pos;
-        set->src[GGML_TQ_SRC_SET_ROWS + 1] = ggml_view_3d(ctx, t.m, c.d_k, 1, 3, t.m->nb[1], t.m->nb[2], h*t.m->nb[1]);
+        set->src[GGML_TQ_SRC_SET_ROWS + 1] = ggml_view_3d(ctx, t.m, c.d_k, 1, 4, t.m->nb[1], t.m->nb[2], h*t.m->nb[1]);
         set->src[GGML_TQ_SRC_SET_ROWS + 2] = t.table;
         ggml_cgraph * graph = ggml_new_graph(ctx);
         ggml_build_forward_expand(graph, set);
@@ -98,12 +105,12 @@ static std::vector<uint8_t> store_centered(ggml_context * ctx, const attn_case &
             residual += rows[i]*rows[i];
         }
         GGML_ASSERT(residual/((double) c.n_kv*c.d_k) < 20.0 && "the cache holds what is left without the centers");
-        const float * inverse = m + 2*(int64_t) c.d_k*c.n_head_kv;
+        const float * inverse = m + 2*plane;
         for (int j = 0; j < c.n_kv; ++j) {
             for (int l = 0; l < c.d_k; ++l) {
                 rows[(int64_t) j*c.d_k + l] *= inverse[l];
             }
-            tq_center_add(&center, m, ((int32_t *) t.pos->data)[j], 1.0f, rows + (int64_t) j*c.d_k);
+            add_center(j, rows + (int64_t) j*c.d_k);
         }
     }
     return packed;

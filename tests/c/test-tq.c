@@ -382,10 +382,11 @@ static void test_center(void) {
         tq_center_make_table(freqs, n_rot, table);
         const struct tq_center center = { head_dim, n_rot, r%2, table };
 
-        float m[MAX_ROW], q[MAX_ROW], w[TQ_CENTER_QUERY_SIZE(MAX_ROW)];
+        float m[MAX_ROW], first[MAX_ROW], q[MAX_ROW], w[TQ_CENTER_QUERY_SIZE(MAX_ROW)];
         rng_normal(m, head_dim, 3.0f);
+        rng_normal(first, head_dim, 5.0f);
         rng_normal(q, head_dim, 1.0f);
-        struct tq_center_query query = tq_center_query_init(&center, m, q, w);
+        struct tq_center_query query = tq_center_query_init(&center, m, first, q, w);
         static const int32_t some[] = { 0, 1, 255, 256, 257, 511, 65535, 65536, 65793, 1 << 23 };
         for (int k = 0; k < 20; ++k) {
             const int32_t pos = k < 10 ? some[k] : (int32_t) (rng_u64()%(k < 15 ? 4096 : 1 << 20));
@@ -404,7 +405,7 @@ static void test_center(void) {
             double s = 0.0;
             for (int i = 0; i < head_dim; ++i) {
                 CHECK(fabs(x[i] - want[i]) < 1e-5, "position %d, coordinate %d of %d: %g, want %g", pos, i, head_dim, x[i], want[i]);
-                s += q[i]*want[i];
+                s += q[i]*(pos == 0 ? first[i] : want[i]);
             }
             CHECK(fabs(tq_center_score(&center, &query, pos) - s) < 1e-4*head_dim, "position %d: score", pos);
             tq_center_add(&center, m, pos, -1.0f, x);

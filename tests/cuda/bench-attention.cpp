@@ -129,7 +129,7 @@ static void bench(const shape & s, ggml_type type_k, ggml_type type_v, bool cent
     ggml_tensor * q    = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F32, s.d, s.n_q, s.n_head, s.n_stream);
     ggml_tensor * mask = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, s.n_kv, s.n_q, 1, s.n_stream);
     ggml_tensor * pos  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, s.n_kv, s.n_stream);
-    ggml_tensor * m    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, s.d, s.n_head_kv, 3);
+    ggml_tensor * m    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, s.d, s.n_head_kv, 4);
     ggml_tensor * turn = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, s.d, TQ_CENTER_ROWS);
     turn->op_params[0] = 1;
     turn->op_params[1] = (int32_t) s.d;

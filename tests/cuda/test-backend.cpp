@@ -237,12 +237,13 @@ struct centers {
     std::vector<float> m, table;
 
     centers(int64_t head_dim, int64_t n_head, int32_t n_rot, int32_t neox, std::mt19937_64 & rng) :
-            head_dim(head_dim), n_head(n_head), n_rot(n_rot), neox(neox), m(3*head_dim*n_head), table(std::max(1, n_rot)*TQ_CENTER_ROWS) {
+            head_dim(head_dim), n_head(n_head), n_rot(n_rot), neox(neox), m(4*head_dim*n_head), table(std::max(1, n_rot)*TQ_CENTER_ROWS) {
         std::normal_distribution<float> normal;
         for (int64_t i = 0; i < head_dim*n_head; ++i) {
             m[i]                       = 3.0f*normal(rng);
             m[i +   head_dim*n_head]   = std::exp(0.3f*normal(rng)); // the scale, and its reciprocal
             m[i + 2*head_dim*n_head]   = 1.0f/m[i + head_dim*n_head];
+            m[i + 3*head_dim*n_head]   = 5.0f*normal(rng); // the center at position 0
         }
         std::vector<double> freqs(n_rot/2);
         for (int i = 0; i < n_rot/2; ++i) {
@@ -253,7 +254,7 @@ struct centers {
 
     void add(int64_t head, int32_t pos, float sign, float * key) const {
         const tq_center c = { (int32_t) head_dim, n_rot, neox, table.data() };
-        tq_center_add(&c, m.data() + head*head_dim, pos, sign, key);
+        tq_center_add(&c, m.data() + ((pos > 0 ? 0 : 3*n_head) + head)*head_dim, pos, sign, key);
     }
 
     // plane 1: by the scales, plane 2: by their reciprocals
@@ -265,7 +266,7 @@ struct centers {
 
     void attach(run & r, ggml_tensor * op, int first, ggml_tensor * pos) const {
         op->src[first]     = pos;
-        op->src[first + 1] = r.input(ggml_new_tensor_3d(r.ctx.get(), GGML_TYPE_F32, head_dim, n_head, 3), m);
+        op->src[first + 1] = r.input(ggml_new_tensor_3d(r.ctx.get(), GGML_TYPE_F32, head_dim, n_head, 4), m);
         op->src[first + 2] = r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, std::max(1, n_rot), TQ_CENTER_ROWS), table);
         op->src[first + 2]->op_params[0] = neox;
         op->src[first + 2]->op_params[1] = n_rot;
@@ -376,7 +377,7 @@ static void test_attention(const attn_case & c, std::mt19937_64 & rng) {
     const centers m(c.d_k, c.n_head_kv, (int32_t) c.d_k/2, 1, rng);
     std::vector<int32_t> pos = make_positions(c.n_kv*c.n_stream, rng);
     for (int64_t i = 0; c.in_order && i < c.n_kv*c.n_stream; ++i) {
-        pos[i] = i % c.n_kv == 77 ? 5 : (int32_t) (i % c.n_kv + 65300*(i/c.n_kv + 1)); // one is out of order
+        pos[i] = i % c.n_kv == 77 ? 5 : (int32_t) (i % c.n_kv + 65300*(i/c.n_kv)); // one is out of order
     }
     if (c.centered) {
         for (int64_t i = 0; i < c.n_kv*c.n_stream; ++i) {

@@ -238,7 +238,7 @@ static int test_center() {
         }
         std::vector<float> table(std::max(1, n_rot)*TQ_CENTER_ROWS);
         tq_center_make_table(freqs.data(), n_rot, table.data());
-        std::vector<float> m(128);
+        std::vector<float> m(4*128); // four planes of one head
         for (float & v : m) {
             v = normal(rng);
         }
@@ -247,7 +247,7 @@ static int test_center() {
                 const tq_center     center = { 128, n_rot, neox, table.data() };
                 const tq_key_center device = { &pos, m.data(), table.data(), 128, n_rot, neox != 0, 1 };
                 std::vector<float> want(128, 0.0f);
-                tq_center_add(&center, m.data(), pos, 1.0f, want.data());
+                tq_center_add(&center, m.data() + (pos > 0 ? 0 : 3*128), pos, 1.0f, want.data());
                 for (int i = 0; i < 128; ++i) {
                     if (want[i] != tq_center_at(device, 0, i, pos)) {
                         printf("center: n_rot %d, position %d, coordinate %d: %a, want %a\n", n_rot, pos, i, tq_center_at(device, 0, i, pos), want[i]);

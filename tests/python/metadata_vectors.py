@@ -63,12 +63,14 @@ def mean(
     key: str = "",
     *entry: Any,  # noqa: ANN401
     scales: np.ndarray | None = None,
+    first: np.ndarray | None = None,
 ) -> Vector:
     """Centers and scales with their hash; ``key`` is replaced by an entry of (type, value, item type), or removed."""
     name = PREFIX + key
     edits = {name: encode_entry(name, *entry) if entry else None} if key else {}
     s = SCALES if scales is None else scales
-    return Vector(refused, edits, centers=Centers("mean", values.astype(np.float32), s.astype(np.float32)))
+    m, s, f = (None if v is None else v.astype(np.float32) for v in (values, s, first))
+    return Vector(refused, edits, centers=Centers("mean", m, s, f))
 
 
 def with_center(value: float) -> Vector:
@@ -87,6 +89,7 @@ def with_scale(value: float, refused: str | None = "center.scale") -> Vector:
 LEVELS = HALVES[8]
 CENTERS = np.random.default_rng(8).standard_normal(N_CENTERS).astype(np.float32) * np.float32(3)
 SCALES = np.repeat(np.random.default_rng(9).lognormal(0, 0.7, N_CENTERS // 2), 2).astype(np.float32)  # adjacent pairs
+FIRSTS = np.random.default_rng(10).standard_normal(N_CENTERS).astype(np.float32) * np.float32(9)
 VECTORS: dict[str, Vector] = {
     # valid
     "built-in": Vector(None),
@@ -184,6 +187,25 @@ VECTORS: dict[str, Vector] = {
     "scales of kind bias": Vector(
         "center.scale", bad("center.scale", T.ARRAY, SCALES.tolist(), T.FLOAT32).edits, centers=Centers("bias")
     ),
+    # centers at position 0
+    "a center for position 0": mean(CENTERS, first=FIRSTS),
+    "one center for position 0 too few": mean(CENTERS, "center.first", first=FIRSTS[:-1]),
+    "one center for position 0 too many": mean(CENTERS, "center.first", first=np.append(FIRSTS, 0)),
+    "no numbers for position 0": mean(CENTERS, "center.first", first=FIRSTS[:0]),
+    "NaN for position 0": mean(CENTERS, "center.first", first=np.where(np.arange(N_CENTERS) == 5, np.nan, FIRSTS)),
+    "too great a center for position 0": mean(CENTERS, "center.first", first=np.full(N_CENTERS, 1e6)),
+    "binary64 for position 0": mean(
+        CENTERS, "center.first", "center.first", T.ARRAY, FIRSTS.tolist(), T.FLOAT64, first=FIRSTS
+    ),
+    "one number for position 0": mean(CENTERS, "center.first", "center.first", T.FLOAT32, 1.0, first=FIRSTS),
+    "an edited center for position 0": mean(
+        CENTERS, "center.hash", "center.first", T.ARRAY, (FIRSTS + 1).tolist(), T.FLOAT32, first=FIRSTS
+    ),
+    "a center for position 0 that the hash does not know": mean(
+        CENTERS, "center.hash", "center.first", T.ARRAY, FIRSTS.tolist(), T.FLOAT32
+    ),
+    "a center for position 0 that was removed": mean(CENTERS, "center.hash", "center.first", first=FIRSTS),
+    "a center for position 0 of kind none": bad("center.first", T.ARRAY, FIRSTS.tolist(), T.FLOAT32),
     "centers of values": bad("center.value", T.ARRAY, CENTERS.tolist(), T.FLOAT32),
     # the rest
     "unknown key": bad("tq5_mse.codebook", T.ARRAY, LEVELS, T.FLOAT32),

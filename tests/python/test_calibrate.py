@@ -207,6 +207,16 @@ def expected(model: Path, text: Path, folder: Path, wanted: list[int]) -> tuple[
     return np.stack([k.mean(axis=0) for k in every.values()]), len(every[0])
 
 
+def beginnings(model: Path, text: Path, folder: Path) -> np.ndarray:
+    """Medians of keys at position 0 (layers, heads, dim)."""
+    request = Request(model, text, folder / "kv.st", context=16, max_tokens=1024, force=True)
+    with capture(request) as kv:
+        assert np.sum(kv.positions == 0) == 64
+        return np.stack(
+            [np.median(kv.k_pre(index)[kv.positions == 0].astype(np.float64), axis=0) for index in kv.layers]
+        )
+
+
 def test_a_model(fork: Fork, random_model: RandomModel, text: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: ANN401
     monkeypatch.setenv("GGML_TQ_BUILD", str(tmp_path / "nowhere"))  # --bin says it
     model, out, again = random_model(Llama(64)), tmp_path / "out.gguf", tmp_path / "again.gguf"
@@ -219,6 +229,12 @@ def test_a_model(fork: Fork, random_model: RandomModel, text: Path, tmp_path: Pa
     assert found.centers.key is not None
     np.testing.assert_allclose(found.centers.key.reshape(want.shape), want, rtol=0, atol=1e-3 * np.max(np.abs(want)))
     np.testing.assert_array_equal(found.centers.scale, 1)  # its queries look at all coordinates alike
+    assert found.centers.first is not None
+    first = beginnings(model, text, tmp_path)
+    np.testing.assert_allclose(
+        found.centers.first.reshape(want.shape), first, rtol=0, atol=1e-3 * np.max(np.abs(first))
+    )
+    assert all(0.5 < row["first"] < 1.5 for row in shown["layers"])  # random keys are alike nowhere
     assert all(row["scaled"] == 1 for row in shown["layers"])
     assert found.params.hash == Params().hash
     assert shown["tokens"] == n == CHUNK + 100 - 32
@@ -256,6 +272,7 @@ def powers(kv: Capture, layer: Layer, head: int) -> tuple[Doubles, Doubles]:
     p = np.exp(score - score.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
     weight = np.sum(p * (1 - p), axis=(0, 1))
+    weight[0] = 0  # that key has a center of its own
     return np.sum(q**2, axis=(0, 1)), weight @ (every - every[16:].mean(axis=0)) ** 2
 
 

@@ -9,7 +9,7 @@
 #include <cstring>
 
 // The extra sources of an op on centered keys: three from `first` on, or none
-//   positions I32 [n] or [n_kv, n_stream], centers F32 [head_dim, n_head_kv, 3]: centers, scales, 1/scales;
+//   positions I32 [n] or [n_kv, n_stream], centers F32 [head_dim, n_head_kv, 4]: centers, scales, 1/scales, those of position 0;
 //   table F32 [n_rot, TQ_CENTER_ROWS]
 //   with op_params: 1 if pairs are NEOX's, n_rot (which may be 0; the table then has one column that is not read)
 #define GGML_TQ_SRC_SET_ROWS   3
@@ -31,6 +31,7 @@ struct ggml_tq_center {
     const float * of_head(int64_t head, int64_t plane = 0) const {
         return (const float *) ((const char *) centers->data + head*centers->nb[1] + plane*centers->nb[2]);
     }
+    const float * at     (int64_t head, int32_t p) const { return of_head(head, p > 0 ? 0 : 3); }
     const float * scale  (int64_t head) const { return of_head(head, 1); }
     const float * inverse(int64_t head) const { return of_head(head, 2); }
 };
@@ -79,7 +80,8 @@ static inline void ggml_tq_set_rows(const ggml_tensor * dst, int ith, int nth) {
                     }
                     if (center.pos) {
                         const int64_t head = i/n_piece;
-                        tq_center_add(&center.center, center.of_head(head), ((const int32_t *) center.pos->data)[ir], -1.0f, piece);
+                        const int32_t p    = ((const int32_t *) center.pos->data)[ir];
+                        tq_center_add(&center.center, center.at(head, p), p, -1.0f, piece);
                         for (int64_t l = 0; l < n_piece; ++l) {
                             piece[l] *= center.scale(head)[l];
                         }
@@ -100,21 +102,20 @@ static inline void ggml_tq_set_rows(const ggml_tensor * dst, int ith, int nth) {
 // FLASH_ATTN_EXT, keys of one head and sequence
 struct ggml_tq_key_center : ggml_tq_center {
     const int32_t * positions = nullptr; // of cells
-    const float   * m         = nullptr;
     const float   * inv       = nullptr;
+    int64_t         head;
     tq_center_query state;
     float           w[TQ_CENTER_QUERY_SIZE(1024)];
     float           scaled[1024];
 
     // q: the query whose scores are wanted, if any
-    ggml_tq_key_center(const ggml_tensor * op, int64_t head, int64_t stream, const float * q) : ggml_tq_center(op, GGML_TQ_SRC_FLASH_ATTN) {
+    ggml_tq_key_center(const ggml_tensor * op, int64_t head, int64_t stream, const float * q) : ggml_tq_center(op, GGML_TQ_SRC_FLASH_ATTN), head(head) {
         if (pos) {
             positions = (const int32_t *) ((const char *) pos->data + stream*pos->nb[1]);
-            m         = of_head(head);
             inv       = inverse(head);
             GGML_ASSERT(center.head_dim <= 1024);
             if (q) {
-                state = tq_center_query_init(&center, m, q, w);
+                state = tq_center_query_init(&center, of_head(head), at(head, 0), q, w);
                 for (int32_t i = 0; i < center.head_dim; ++i) {
                     scaled[i] = q[i]*inv[i];
                 }
@@ -138,7 +139,7 @@ struct ggml_tq_key_center : ggml_tq_center {
             for (int32_t i = 0; i < center.head_dim; ++i) {
                 key[i] *= inv[i];
             }
-            tq_center_add(&center, m, positions[cell], 1.0f, key);
+            tq_center_add(&center, at(head, positions[cell]), positions[cell], 1.0f, key);
         }
     }
 };

@@ -100,6 +100,11 @@ static std::vector<float> scale_of(const llama_model & model, uint32_t il) {
                                                   : std::vector<float>(model.hparams.n_embd_k_gqa(il), 1.0f);
 }
 
+// centers of a layer's keys at position 0, where `center` is that of the others
+static std::vector<float> first_of(const llama_model & model, uint32_t il, const std::vector<float> & center) {
+    return kind_of(model) == LLAMA_TQ_CENTER_MEAN && !model.tq->firsts.empty() ? part_of(model, model.tq->firsts, il) : center;
+}
+
 // [head_dim*n_head_kv] before RoPE, empty if the layer's keys are not centered
 static std::vector<float> center_of(const llama_model & model, uint32_t il) {
     switch (kind_of(model)) {
@@ -223,8 +228,11 @@ llama_tq_centers::llama_tq_centers(const llama_model & model, const llama_cparam
         const layer_rope rope     = rope_of(model, cparams, layer.il);
         const int64_t    n_rot    = 2*(int64_t) rope.freqs.size();
         const int64_t    head_dim = model.hparams.n_embd_head_k(layer.il);
-        for (size_t i = 0; i < m.size(); ++i) {
-            m[i] *= (int64_t) i % head_dim < n_rot ? rope.magnitude : 1.0f;
+        std::vector<float> first = n_rot > 0 ? first_of(model, layer.il, m) : m; // keys that do not turn stay as they are in a K-shift
+        for (std::vector<float> * center : { &m, &first }) {
+            for (size_t i = 0; i < center->size(); ++i) {
+                (*center)[i] *= (int64_t) i % head_dim < n_rot ? rope.magnitude : 1.0f;
+            }
         }
 
         ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(layer.k->buffer);
@@ -242,13 +250,14 @@ llama_tq_centers::llama_tq_centers(const llama_model & model, const llama_cparam
             ggml_set_name(table, "tq_center_table");
             data[table] = std::move(rows);
         }
-        ggml_tensor * center = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, head_dim, (int64_t) m.size()/head_dim, 3);
+        ggml_tensor * center = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, head_dim, (int64_t) m.size()/head_dim, 4);
         const std::vector<float> scale = scale_of(model, layer.il);
         check_pairs(scale, rope, head_dim, layer.il);
         m.insert(m.end(), scale.begin(), scale.end());
         for (const float s : scale) {
             m.push_back(1.0f/s);
         }
+        m.insert(m.end(), first.begin(), first.end());
         ggml_format_name(center, "tq_center_l%u", layer.il);
         data[center] = std::move(m);
         pimpl->layers[layer.k] = { center, table };

@@ -17,7 +17,7 @@ class  llama_kv_cache_context;
 
 // what the ops of one layer need; null where keys are not centered
 struct llama_tq_layer {
-    ggml_tensor * center = nullptr; // F32 [head_dim, n_head_kv, 3]: centers, scales, 1/scales
+    ggml_tensor * center = nullptr; // F32 [head_dim, n_head_kv, 4]: centers, scales, 1/scales, those of position 0
     ggml_tensor * table  = nullptr; // F32 [n_rot, TQ_CENTER_ROWS]
 };
 

@@ -54,7 +54,7 @@ static const T * get(const gguf_context * gguf, const std::string & key, gguf_ty
 
 static void check_keys(const gguf_context * gguf) {
     std::vector<std::string> known = { "version", "rotation.kind", "rotation.seed", "sketch.seed", "hash",
-        "center.kind", "center.key", "center.scale", "center.hash" };
+        "center.kind", "center.key", "center.scale", "center.first", "center.hash" };
     for (int t = 0; t < TQ_QUANTIZER_COUNT; ++t) {
         const tq_type_info * info = tq_get_type_info((tq_type) t);
         known.push_back(std::string(info->name) + ".codebook");
@@ -116,7 +116,7 @@ static void load_centers(const gguf_context * gguf, const llama_hparams & hparam
             refuse(PREFIX + "center.kind", "unknown kind '" + kind + "', want 'none', 'bias' or 'mean'");
         }
         tq.center_kind = kind == "none" ? LLAMA_TQ_CENTER_NONE : LLAMA_TQ_CENTER_BIAS;
-        for (const std::string & other : { key, PREFIX + "center.scale", PREFIX + "center.hash" }) {
+        for (const std::string & other : { key, PREFIX + "center.scale", PREFIX + "center.first", PREFIX + "center.hash" }) {
             if (gguf_find_key(gguf, other.c_str()) >= 0) {
                 refuse(other, "not allowed, since " + PREFIX + "center.kind is '" + kind + "'");
             }
@@ -129,12 +129,16 @@ static void load_centers(const gguf_context * gguf, const llama_hparams & hparam
         want += hparams.n_embd_k_gqa(il);
     }
     uint64_t hash = TQ_HASH_START;
-    tq.centers = load_numbers(gguf, key, want, "not finite, or not below 1e6", hash, [](float m) {
-        return std::fabs(m) < 1e6f;
-    });
+    const auto load = [&](const std::string & key) {
+        return load_numbers(gguf, key, want, "not finite, or not below 1e6", hash, [](float m) { return std::fabs(m) < 1e6f; });
+    };
+    tq.centers = load(key);
     tq.scales = load_numbers(gguf, PREFIX + "center.scale", want, "not from 1/1024 to 1024", hash, [](float s) {
         return s >= 1.0f/1024.0f && s <= 1024.0f;
     });
+    if (gguf_find_key(gguf, (PREFIX + "center.first").c_str()) >= 0) {
+        tq.firsts = load(PREFIX + "center.first");
+    }
     if (*get<uint64_t>(gguf, PREFIX + "center.hash", GGUF_TYPE_UINT64) != hash) {
         refuse(PREFIX + "center.hash", "not that of the centers, which were changed or damaged");
     }
@@ -333,24 +337,35 @@ void llama_tq_require_device(ggml_backend_dev_t dev, const llama_hparams & hpara
 class llm_graph_input_tq_shift : public llm_graph_input_i {
 public:
     void set_input(const llama_ubatch *) override {
-        ggml_backend_tensor_set(cells, index.data(), 0, ggml_nbytes(cells));
+        const auto set = [](ggml_tensor * t, const void * data) {
+            if (t && t->buffer) { // not if no layer's keys are centered
+                ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
+            }
+        };
+        set(moved.cells,   index.data());
+        set(moved.leaves,  leaves.data());
+        set(moved.arrives, arrives.data());
     }
 
-    ggml_tensor *        cells; // I32 [n_cells]
+    llama_tq_moved       moved;
     std::vector<int32_t> index;
+    std::vector<float>   leaves;
+    std::vector<float>   arrives;
 };
 
-ggml_tensor * llama_tq_shift_cells(llm_graph_result * res, ggml_type type_k, ggml_tensor * k_shift,
+llama_tq_moved llama_tq_shift_cells(llm_graph_result * res, ggml_type type_k, ggml_tensor * k_shift,
         const std::vector<llama_kv_cells> & streams) {
     if (!ggml_tq_is_type(type_k) && type_k != GGML_TYPE_COUNT) {
-        return nullptr;
+        return {};
     }
     auto inp = std::make_unique<llm_graph_input_tq_shift>();
     int32_t first = 0;
     for (const auto & cells : streams) {
         for (uint32_t i = 0; i < cells.size(); ++i) {
             if (!cells.is_empty(i) && cells.get_shift(i) != 0) {
-                inp->index.push_back(first + (int32_t) i);
+                inp->index  .push_back(first + (int32_t) i);
+                inp->leaves .push_back(cells.pos_get(i) - cells.get_shift(i) == 0 ? 1.0f : 0.0f);
+                inp->arrives.push_back(cells.pos_get(i) == 0 ? 1.0f : 0.0f);
             }
         }
         first += (int32_t) cells.size();
@@ -358,29 +373,49 @@ ggml_tensor * llama_tq_shift_cells(llm_graph_result * res, ggml_type type_k, ggm
     if (inp->index.empty() || type_k == GGML_TYPE_COUNT) {
         // shifts that cancel, or no layers: upstream still fills k_shift, so something in the graph has to own it
         ggml_build_forward_expand(res->get_gf(), ggml_dup(res->get_ctx(), k_shift));
-        return nullptr;
+        return {};
     }
-    ggml_tensor * cells = ggml_new_tensor_1d(res->get_ctx(), GGML_TYPE_I32, (int64_t) inp->index.size());
-    ggml_set_input(cells);
-    inp->cells = cells;
+    const auto input = [&](ggml_type type, int64_t ne0, int64_t ne1) {
+        ggml_tensor * t = ggml_new_tensor_2d(res->get_ctx(), type, ne0, ne1);
+        ggml_set_input(t);
+        return t;
+    };
+    const int64_t n = (int64_t) inp->index.size();
+    const auto any = [](const std::vector<float> & v) { return std::find(v.begin(), v.end(), 1.0f) != v.end(); };
+    const llama_tq_moved moved = {
+        input(GGML_TYPE_I32, n, 1),
+        any(inp->leaves)  ? input(GGML_TYPE_F32, 1, n) : nullptr,
+        any(inp->arrives) ? input(GGML_TYPE_F32, 1, n) : nullptr,
+    };
+    inp->moved = moved;
     res->add_input(std::move(inp));
-    return cells;
+    return moved;
 }
 
-void llama_tq_shift(llm_graph_result * res, ggml_tensor * k, ggml_tensor * cells, ggml_tensor * k_shift, int64_t n_embd_head,
-        int64_t n_nope, const std::function<ggml_tensor * (ggml_tensor * cur, ggml_tensor * shift)> & rope) {
-    if (!cells) {
+void llama_tq_shift(llm_graph_result * res, ggml_tensor * k, const llama_tq_moved & moved, ggml_tensor * center, ggml_tensor * k_shift,
+        int64_t n_embd_head, int64_t n_nope, const std::function<ggml_tensor * (ggml_tensor * cur, ggml_tensor * shift)> & rope) {
+    if (!moved.cells) {
         return;
     }
     ggml_context * ctx = res->get_ctx();
-    const int64_t n_cells = cells->ne[0];
+    const int64_t n_cells = moved.cells->ne[0];
     const int64_t n_row   = k->ne[0];
 
-    ggml_tensor * shift = ggml_get_rows(ctx, ggml_reshape_2d(ctx, k_shift, 1, ggml_nelements(k_shift)), cells);
+    ggml_tensor * shift = ggml_get_rows(ctx, ggml_reshape_2d(ctx, k_shift, 1, ggml_nelements(k_shift)), moved.cells);
     shift = ggml_reshape_1d(ctx, shift, n_cells);
 
     ggml_tensor * rows = ggml_view_2d(ctx, k, n_row, k->ne[1]*k->ne[2], k->nb[1], 0); // all streams
-    ggml_tensor * cur  = ggml_get_rows(ctx, rows, cells);                             // F32
+    ggml_tensor * cur  = ggml_get_rows(ctx, rows, moved.cells);                       // F32
+
+    // what a row at position 0 lacks of one with the center of the other positions, both scaled, in the cells of `which`
+    const auto difference = [&](ggml_tensor * which) {
+        const auto plane = [&](int i) { return ggml_view_1d(ctx, center, n_row, i*center->nb[2]); };
+        ggml_tensor * d = ggml_mul(ctx, ggml_sub(ctx, plane(0), plane(3)), plane(1));
+        return ggml_mul(ctx, ggml_repeat_4d(ctx, d, n_row, n_cells, 1, 1), which);
+    };
+    if (center && moved.leaves) {
+        cur = ggml_sub(ctx, cur, difference(moved.leaves));
+    }
     cur = ggml_reshape_3d(ctx, cur, n_embd_head, n_row/n_embd_head, n_cells);
     if (n_nope > 0) {
         ggml_tensor * nope = ggml_view_3d(ctx, cur, n_nope, cur->ne[1], n_cells, cur->nb[1], cur->nb[2], 0);
@@ -390,7 +425,11 @@ void llama_tq_shift(llm_graph_result * res, ggml_tensor * k, ggml_tensor * cells
     } else {
         cur = rope(cur, shift); // leaves what lies behind the roped coordinates
     }
-    ggml_build_forward_expand(res->get_gf(), ggml_set_rows(ctx, rows, ggml_reshape_2d(ctx, cur, n_row, n_cells), cells));
+    cur = ggml_reshape_2d(ctx, cur, n_row, n_cells);
+    if (center && moved.arrives) {
+        cur = ggml_add(ctx, cur, difference(moved.arrives));
+    }
+    ggml_build_forward_expand(res->get_gf(), ggml_set_rows(ctx, rows, cur, moved.cells));
 }
 
 static std::string describe_state(int32_t state_type) {

@@ -24,6 +24,7 @@ struct llama_tq_model {
     llama_tq_center_kind center_kind = LLAMA_TQ_CENTER_NONE;
     std::vector<float>   centers; // for LLAMA_TQ_CENTER_MEAN: of all layers' key heads, before RoPE
     std::vector<float>   scales;  // of their coordinates
+    std::vector<float>   firsts;  // centers at position 0; empty: the same
     uint64_t             center_hash = 0;
 };
 
@@ -47,13 +48,19 @@ void llama_tq_require_device(ggml_backend_dev_t dev, const llama_hparams & hpara
 
 // K-shift. Only cells whose position changes are decoded, roped and encoded again, whole heads at a time: encoding is
 // lossy, and neither sinks nor other sequences may pay for a shift that does not move them.
-// llama_tq_shift_cells returns the indices of those cells as a graph input (nullptr if there are none, or the type is not
-// ours; GGML_TYPE_COUNT stands for a cache without layers); llama_tq_shift adds one layer's ops. rope(cur, shift) turns the coordinates of cur in place; n_nope is how many
-// coordinates of a head precede the roped ones (MLA).
-ggml_tensor * llama_tq_shift_cells(llm_graph_result * res, ggml_type type_k, ggml_tensor * k_shift,
+// llama_tq_shift_cells returns those cells as graph inputs (none if there are none, or the type is not ours;
+// GGML_TYPE_COUNT stands for a cache without layers); llama_tq_shift adds one layer's ops. center: of llama_tq_layer.
+// rope(cur, shift) turns the coordinates of cur in place; n_nope is how many coordinates of a head precede the roped ones (MLA).
+struct llama_tq_moved {
+    ggml_tensor * cells   = nullptr; // I32 [n]: indices
+    ggml_tensor * leaves  = nullptr; // F32 [1, n]: 1 for a cell that was at position 0, whose center is another; nullptr if none
+    ggml_tensor * arrives = nullptr; // the same of a cell that is there now
+};
+
+llama_tq_moved llama_tq_shift_cells(llm_graph_result * res, ggml_type type_k, ggml_tensor * k_shift,
     const std::vector<llama_kv_cells> & streams);
-void llama_tq_shift(llm_graph_result * res, ggml_tensor * k, ggml_tensor * cells, ggml_tensor * k_shift, int64_t n_embd_head,
-    int64_t n_nope, const std::function<ggml_tensor * (ggml_tensor * cur, ggml_tensor * shift)> & rope);
+void llama_tq_shift(llm_graph_result * res, ggml_tensor * k, const llama_tq_moved & moved, ggml_tensor * center, ggml_tensor * k_shift,
+    int64_t n_embd_head, int64_t n_nope, const std::function<ggml_tensor * (ggml_tensor * cur, ggml_tensor * shift)> & rope);
 
 // state restore: "the file holds tq3_qjl, format version 0, parameters 5752e; this context uses q8_0"
 std::string llama_tq_state_mismatch(int32_t expected, int32_t found);

@@ -13,7 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ggml_tq import metadata
-from ggml_tq.calibrate import CHUNK, CalibrationError, Doubles, KeySums, key_biases, key_sums, mean_centers
+from ggml_tq.calibrate import (
+    BEGINNING,
+    BEGINNINGS,
+    CHUNK,
+    CalibrationError,
+    Doubles,
+    KeySums,
+    key_biases,
+    key_sums,
+    mean_centers,
+)
 from ggml_tq.capture import CaptureError
 from ggml_tq.cli.app import app, fail
 from ggml_tq.eval.runs import EvalError, sha256
@@ -25,7 +35,7 @@ from ggml_tq.params import DEFAULT, ParamsError
 def _check_target(header: Header, output: Path | None) -> None:
     """Refuses before the model runs what would be refused after."""
     if output is None:
-        size = 8 * sum(shape.size for shape in key_shapes(header.entries))
+        size = 12 * sum(shape.size for shape in key_shapes(header.entries))
         if header.data_start - packed_size(header, without(header.entries, metadata.PREFIX)) < size:
             raise GgufError(f"{header.path}: has no room for {size} bytes in its header: write to another file instead")
     elif output.exists():
@@ -35,13 +45,14 @@ def _check_target(header: Header, output: Path | None) -> None:
 
 
 def _rows(sums: dict[int, KeySums], biases: dict[int, Doubles]) -> list[dict[str, Any]]:
-    """By layer: the shares of the keys' energy in their mean and in the bias, how far these are from each other, and
-    the part of the error's power that scales leave.
+    """By layer: the shares of the keys' energy in their mean and in the bias, how far these are from each other, the
+    part of the error's power that scales leave, and that of keys at position 0 which a center of their own leaves.
     """
     rows = []
     for index, of_layer in sums.items():
         mean, bias = of_layer.mean, biases.get(index)
-        row: dict[str, Any] = {"layer": index, "mean": of_layer.share(mean), "scaled": of_layer.gain}
+        row: dict[str, Any] = {"layer": index, "mean": of_layer.share(mean)}
+        row |= {"scaled": of_layer.gain, "first": of_layer.first_left}
         if bias is not None:
             row["bias"] = of_layer.share(bias)
             row["distance"] = float(np.linalg.norm(mean - bias) / np.linalg.norm(mean))
@@ -53,9 +64,10 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     """With a line of medians and one of maxima."""
     table = Table(
         caption="mean, bias: share of the keys' energy; distance: |mean - bias| / |mean|; "
-        "scaled: power of the scores' error, of that without scales"
+        "scaled: power of the scores' error, of that without scales; "
+        "first: energy of keys at position 0 with their own center, of that with the mean"
     )
-    columns = [name for name in ("mean", "bias", "distance", "scaled") if any(name in row for row in rows)]
+    columns = [name for name in ("mean", "bias", "distance", "scaled", "first") if any(name in row for row in rows)]
     for name in ("layer", *columns):
         table.add_column(name, justify="right")
 
@@ -92,6 +104,7 @@ def calibrate(
     The mean is taken over the tokens from the 17th of each chunk on; the first ones have keys of their own kind. The
     runtime takes it, turned to each key's position, off the key before encoding and adds it to the score exactly.
     What is left is scaled coordinate by coordinate, so that its rounding errs where the model's queries hardly look.
+    The key at position 0, which attention falls back on, gets a center of its own, from many short beginnings.
     Seeds and codebooks that the file brings stay; a file without gets the built-in ones. While the model runs, one
     chunk's queries, keys and values lie beside the file to write.
     """
@@ -105,7 +118,7 @@ def calibrate(
         origin = {"center.text": text.name, "center.sha256": sha256(text)}
         folder = (output or model).resolve().parent
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("tokens", total=tokens)
+            task = progress.add_task("tokens", total=tokens + BEGINNINGS * BEGINNING)
             sums = key_sums(header, text, tokens, folder, directory, lambda n: progress.update(task, completed=n))
         counted = max(of_layer.tokens for of_layer in sums.values())
         origin["center.tokens"] = str(counted)
