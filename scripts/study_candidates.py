@@ -3,8 +3,8 @@
 
 Each argument is CALIBRATION.safetensors:TEST.safetensors:MODEL.gguf, two captures of the same layers of a model, and
 the model as ``ggml-tq calibrate`` wrote it. Whatever is chosen is chosen on the first capture and measured on the
-second. Writes docs/results/study-candidates.json and the tables of docs/decisions/0009-what-was-not-built.md;
-``--render`` makes the tables alone.
+second. Adds what is missing to docs/results/study-candidates.json, and writes the tables of
+docs/decisions/0009-what-was-not-built.md; without arguments the tables alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,39 @@ def splits(calibration: Capture, test: Capture, layers: Sequence[int], cal: Cali
             some = {k.quantizer.rsplit(" ", 1)[0]: k for k in keys}
             dim = heads[0][0].head_dim_k
             out["bits"] = {name: k.build("key", dim).bits for name, k in some.items()}
+    return out
+
+
+def graded(x: Floats, seed: int, turned: tuple[slice, slice]) -> dict[str, Split]:
+    """tq3_tcq's bytes given out by channel: louder half 4 bits, the others 2; or by quarters 4, 3, 3, 2."""
+    dim = x.shape[-1]
+    found = {
+        "4/2": Split(dim, loudest(x, dim // 2, turned), trellis(dim // 2, 4, seed), trellis(dim // 2, 2, seed + 1))
+    }
+    if 4 in parts(dim):
+        n = dim // 4
+        top = loudest(x, n, turned)
+        others = [c for c in range(dim) if c not in top]
+        middle = [others.index(c) for c in loudest(x, 3 * n, turned) if c in others]
+        rest = Split(dim - n, tuple(middle), trellis(2 * n, 3, seed), trellis(n, 2, seed + 1))
+        found["4/3/3/2"] = Split(dim, top, trellis(n, 4, seed + 2), rest)
+    return found
+
+
+def grades(calibration: Capture, test: Capture, layers: Sequence[int], cal: Calibrated, jobs: int) -> Tables:
+    """Means over SEEDS of the KL of keys."""
+    heads = each_head(calibration, layers)
+    out: Tables = {}
+    for what, by in (("scaled", cal), ("unscaled", cal.without_scales())):
+        own: dict[str, dict[tuple[int, int], Quantizer]] = {}
+        for seed in SEEDS:
+            for la, h in heads:
+                for name, one in graded(prepared(calibration, la, h, by), seed, pairs(la)).items():
+                    own.setdefault(f"{name} {seed}", {})[la.index, h] = one
+        every: list[tuple[Recipe, Recipe]] = [(OfHeads(n, "cal", q), Recipe("exact")) for n, q in own.items()]
+        found = study(test, every, layers, SKIP, jobs=jobs, calibrated=by)
+        names = dict.fromkeys(n.rsplit(" ", 1)[0] for n in own)
+        out[what] = {n: short(float(np.mean([mean_kl(found, f"{n} {s}+cal") for s in SEEDS]))) for n in names}
     return out
 
 
@@ -257,27 +290,37 @@ def window_kl(capture: Capture, layers: Sequence[int], cal: Calibrated) -> dict[
 # ---- all of it
 
 
-def measured(text: str, jobs: int) -> Tables:
+def measure(text: str, done: list[Tables], jobs: int) -> Iterator[str]:
+    """Put what is missing of one model into ``done``, a section at a time."""
     paths = [Path(p) for p in text.split(":")]
     cal = calibrated.load(paths[2])
     with load_capture(paths[0]) as calibration, load_capture(paths[1]) as test:
         every = list(test.layers)
         layers = every if len(every) <= 10 else every[::3]
-        meta = test.metadata
-        out: Tables = {
-            "model": meta.get("model", paths[1].name),
-            "calibration": calibration.metadata.get("text", "?"),
-            "test": meta.get("text", "?"),
+        head: Tables = {
+            "model": test.metadata.get("model", paths[1].name),
+            "model_sha256": test.metadata.get("model_sha256"),
+            "calibration": calibration.metadata.get("text"),
+            "test": test.metadata.get("text"),
             "tokens": [len(calibration.positions), len(test.positions)],
             "layers": layers,
             "all_layers": every,
             "head_dim": test.layers[every[0]].head_dim_k,
         }
-        out["window"] = window_kl(test, layers, cal)
-        out["books"] = books(calibration, test, layers, cal, jobs)
-        out["splits"] = splits(calibration, test, layers, cal, jobs)
-        out["assigned"] = assigned(grid(calibration, cal, jobs), grid(test, cal, jobs))
-        return out
+        out = next((m for m in done if m["model"] == head["model"]), head)
+        if out is head:
+            done.append(out)
+        sections: dict[str, Callable[[], Tables]] = {
+            "window": lambda: window_kl(test, layers, cal),
+            "books": lambda: books(calibration, test, layers, cal, jobs),
+            "grades": lambda: grades(calibration, test, layers, cal, jobs),
+            "splits": lambda: splits(calibration, test, layers, cal, jobs),
+            "assigned": lambda: assigned(grid(calibration, cal, jobs), grid(test, cal, jobs)),
+        }
+        for name, section in sections.items():
+            if name not in out:
+                out[name] = section()
+                yield f"{head['model']}: {name}"
 
 
 # ---- pages
@@ -289,50 +332,68 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
 
 
+def compared(own: float, other: float) -> str:
+    return f"{own:.3g} / {other:.3g} ({own / other:.2f})"
+
+
 def pages(models: Sequence[Tables]) -> dict[str, str]:
-    """The record's tables, by their mark."""
+    """The record's tables, by their mark; models of which a section is missing are left out."""
+    models = [m for m in models if all(name in m for name in ("window", "books", "grades", "splits", "assigned"))]
     names = [f"{short_name(m['model'])} ({m['head_dim']})" for m in models]
+
+    def against_plain(m: Tables, what: str, own: float, bits: float) -> str:
+        """A figure, and that of plain types a layer at the same mean bits, whichever layers have the larger one."""
+        plain = [m["splits"][what][f"plain {b}"] for b in WIDTHS]
+        return compared(own, float(np.interp(bits, [b + 0.25 for b in WIDTHS], plain)))
 
     rows: list[list[object]] = []
     for what, label in (("scaled", "K"), ("unscaled", "K, no scales"), ("values", "V")):
         for b in (2, 3):
             for part in PARTS:
-                row: list[object] = [f"{label}, {b + 0.25 + 1 / part:g} bits"]
-                for m in models:
-                    s = m["splits"][what]
-                    if f"split {b}+1/{part}" not in s:
-                        row.append("-")
-                        continue
-                    line = (1 - 1 / part) * s[f"plain {b}"] + s[f"plain {b + 1}"] / part
-                    own = s[f"split {b}+1/{part}"]
-                    row.append(f"{own:.3g} / {line:.3g} ({own / line:.2f})")
-                rows.append(row)
+                name = f"split {b}+1/{part}"
+                cells = [
+                    against_plain(m, what, m["splits"][what][name], m["splits"]["bits"][name])
+                    if name in m["splits"][what]
+                    else "-"
+                    for m in models
+                ]
+                rows.append([f"{label}, {b} bits, 1/{part} of channels {b + 1}", *cells])
     marks = {"splits": table(["split / plain", *names], rows)}
+
+    rows = []
+    for what, label in (("scaled", "K"), ("unscaled", "K, no scales")):
+        for name in ("4/2", "4/3/3/2"):
+            cells = []
+            for m in models:
+                dim = m["head_dim"]
+                own = graded(np.ones((1, dim), dtype=np.float32), SEEDS[0], (slice(0, 0), slice(0, 0)))
+                found = m["grades"][what].get(name)
+                cells.append("-" if found is None else against_plain(m, what, found, own[name].bits))
+            rows.append([f"{label}, {name} bits", *cells])
+    marks["grades"] = table(["by channel / plain", *names], rows)
 
     rows = []
     for what, label in (("keys", "K"), ("values", "V")):
         for b in WIDTHS:
             pair = [m["books"][what][str(b)] for m in models]
-            rows.append(
-                [f"{label}, tq{b}_mse", *(f"{own:.3g} / {built:.3g} ({own / built:.2f})" for built, own in pair)]
-            )
+            rows.append([f"{label}, tq{b}_mse", *(compared(own, built) for built, own in pair)])
     marks["books"] = table(["own / built-in", *names], rows)
 
     rows = []
     for figure, label in (("kl", "K"), ("values", "V")):
         for mean in ("2.5", "3.0", "3.5"):
-            found = [m["assigned"][figure][mean] for m in models]
+            three = [m["assigned"][figure][mean] for m in models]
             rows.append(
                 [
                     f"{label}, mean {float(mean) + 0.25:g} bits",
-                    *(f"{a:.3g} / {u:.3g} ({a / u:.2f})" for u, a, _ in found),
+                    *(compared(a, u) for u, a, _ in three),
                 ]
             )
     for total, keys, values in ((2.5, 3, 2), (3.0, 3, 3), (3.5, 4, 3)):
-        row = [f"K+V, mean {total + 0.25:g} bits; tq{keys}/tq{values}"]
+        row: list[object] = [f"K+V, mean {total + 0.25:g} bits; tq{keys}/tq{values}"]
         for m in models:
             own, uniform = m["assigned"]["both"][str(total)][0], m["assigned"]["uniform"][f"{keys}/{values}"]
-            row.append(f"{own:.3g} / {uniform:.3g} ({own / uniform:.2f})")
+            row.append(compared(own, uniform))
         rows.append(row)
     marks["assigned"] = table(["a layer / alike", *names], rows)
 
@@ -358,16 +419,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", metavar="CALIBRATION:TEST:MODEL.gguf")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--render", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    if not args.render:
-        if not args.models:
-            parser.error("no model")
-        found: list[Tables] = []
+    if args.models:
+        found: list[Tables] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
         for text in args.models:
-            print(text, flush=True)
-            found.append(measured(text, args.jobs))
-            replace_file(RESULTS, json.dumps(found, indent=1) + "\n")
+            for what in measure(text, found, args.jobs):
+                print(what, flush=True)
+                replace_file(RESULTS, json.dumps(found, indent=1) + "\n")
     text = RECORD.read_text()
     for name, content in pages(json.loads(RESULTS.read_text())).items():
         text = put(text, name, content)
