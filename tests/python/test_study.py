@@ -377,6 +377,12 @@ def test_calibrated_keys_are_rounded_as_centered(random_model: Callable[[object]
     want = np.mean([0.01 * np.sum(scale[h] ** -2.0) / np.mean(np.sum(k[:, h] ** 2, axis=-1)) for h in (0, 1)])
     assert got["noise+cal"].error == pytest.approx(want, rel=0.02)
 
+    code, out = run(path, "--keys", "tq2_mse,tq2_mse+cal", "--calibrated", model, "-j", 1, "--json")
+    assert code == 0, out
+    found = json.loads(out)["layers"][0]["keys"]
+    assert found["tq2_mse"]["error"] == pytest.approx(got["tq2_mse"].error, rel=1e-4)
+    assert found["tq2_mse+cal"]["error"] < 1e-9
+
 
 def test_what_is_not_calibrated(random_model: Callable[[object], Path], tmp_path: Path) -> None:
     plain, own = random_model(Llama(64, n_layer=4)), tmp_path / "own.gguf"
