@@ -37,7 +37,8 @@ endfunction()
 # called by ggml-cuda's CMakeLists, which compiles with -use_fast_math; the encoder must not
 function(ggml_tq_cuda_add_to target)
     set(sources ${GGML_TQ_DIR}/cuda/tq-decode.cu ${GGML_TQ_DIR}/cuda/tq-encode.cu ${GGML_TQ_DIR}/cuda/tq-ops.cu)
-    target_sources(${target} PRIVATE ${sources})
+    file(GLOB attention ${GGML_TQ_DIR}/cuda/tq-attention.cu ${GGML_TQ_DIR}/cuda/template-instances/*.cu)
+    target_sources(${target} PRIVATE ${sources} ${attention})
     target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR} ${GGML_TQ_DIR}/cuda ${GGML_TQ_DIR}/src)
     set_source_files_properties(${sources} TARGET_DIRECTORY ${target}
         PROPERTIES COMPILE_OPTIONS "-fmad=false;-ftz=false;-prec-div=true;-prec-sqrt=true")

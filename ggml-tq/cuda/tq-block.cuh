@@ -391,20 +391,11 @@ static __device__ __forceinline__ float tq_center_scale(const tq_key_center & c,
     return c.centers[((int64_t) plane*c.n_head + head)*c.head_dim + i];
 }
 
-// X_p(m) at coordinate i of a head; p as in a cell that is empty where it is negative
-static __device__ __forceinline__ float tq_center_at(const tq_key_center & c, int head, int i, int p) {
-    const float * m = c.centers + ((int64_t) (p > 0 ? 0 : 3)*c.n_head + head)*c.head_dim;
-    if (i >= c.n_rot) {
-        return m[i];
-    }
-    const int  n_pairs = c.n_rot/2;
-    const int  pair    = c.neox ? i % n_pairs : i/2;
-    const bool second  = c.neox ? i >= n_pairs : i & 1;
-    const int  a       = c.neox ? pair : 2*pair;
-    const int  b       = c.neox ? pair + n_pairs : 2*pair + 1;
-
+// cosine and sine of a pair's angle at position p, as in a cell that is empty where it is negative
+static __device__ __forceinline__ float2 tq_center_turn(const tq_key_center & c, int pair, int p) {
     p = max(p, 0);
     const int digits[3] = { p & 255, (p >> 8) & 255, (p >> 16) & 255 };
+    const int n_pairs = c.n_rot/2;
     const float * row = c.table + (int64_t) digits[0]*c.n_rot + pair;
     float cs = row[0];
     float sn = row[n_pairs];
@@ -419,5 +410,20 @@ static __device__ __forceinline__ float tq_center_at(const tq_key_center & c, in
             cs = cn;
         }
     }
-    return second ? m[a]*sn + m[b]*cs : m[a]*cs - m[b]*sn;
+    return make_float2(cs, sn);
+}
+
+// X_p(m) at coordinate i of a head
+static __device__ __forceinline__ float tq_center_at(const tq_key_center & c, int head, int i, int p) {
+    const float * m = c.centers + ((int64_t) (p > 0 ? 0 : 3)*c.n_head + head)*c.head_dim;
+    if (i >= c.n_rot) {
+        return m[i];
+    }
+    const int  n_pairs = c.n_rot/2;
+    const int  pair    = c.neox ? i % n_pairs : i/2;
+    const bool second  = c.neox ? i >= n_pairs : i & 1;
+    const int  a       = c.neox ? pair : 2*pair;
+    const int  b       = c.neox ? pair + n_pairs : 2*pair + 1;
+    const float2 turn  = tq_center_turn(c, pair, p);
+    return second ? m[a]*turn.y + m[b]*turn.x : m[a]*turn.x - m[b]*turn.y;
 }

@@ -3,7 +3,7 @@
 // The TurboQuant cache types on CUDA: what the hooks in ggml-cuda call. docs/format.md is the specification.
 //
 // Rows are encoded (SET_ROWS, CPY) and decoded (GET_ROWS, CPY, the f16 keys and values of FLASH_ATTN_EXT) a warp a block
-// of 64 coordinates. Every kernel takes the parameters in use (seeds, codebooks) as an argument, so nothing has to be
+// of 64 coordinates. FLASH_ATTN_EXT of few queries reads packed rows. Every kernel takes the parameters in use (seeds, codebooks) as an argument, so nothing has to be
 // uploaded and nothing can be stale.
 
 #include "convert.cuh"
@@ -29,6 +29,11 @@ bool ggml_tq_cuda_cpy_supported(const ggml_tensor * src, const ggml_tensor * dst
 // nb1..nb3 become its strides in bytes. dst->src[5..7], if set, are the centers that are added back: positions of the cells
 // I32 [n_kv, n_stream], centers and table as above.
 const char * ggml_tq_cuda_keys_to_f16(const ggml_tensor * dst, half * k_f16, size_t & nb1, size_t & nb2, size_t & nb3, cudaStream_t stream);
+
+// FLASH_ATTN_EXT of few queries over packed keys and values, both of the types: true where there is a kernel, which
+// ggml_tq_cuda_attention runs
+bool ggml_tq_cuda_attention_supported(int device, const ggml_tensor * dst);
+void ggml_tq_cuda_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // whether dst->src[first .. first+2] are no centers, or centers that rows of the type and head dim of k can have
 bool ggml_tq_cuda_center_supported(const ggml_tensor * dst, const ggml_tensor * k, int first);

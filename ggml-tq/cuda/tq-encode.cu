@@ -19,6 +19,7 @@ static __device__ __forceinline__ float2 tq_load(const char * src, const tq_plac
 template <tq_kind kind, int bits>
 static __global__ void __launch_bounds__(32*TQ_ENCODE_WARPS) tq_encode_rows(
         const char * __restrict__ src, char * __restrict__ dst, const tq_codec codec, const tq_rows rows, const tq_key_center center) {
+    ggml_cuda_pdl_lc(); // attention may make its tables already
     __shared__ float table[32];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
@@ -38,6 +39,7 @@ static __global__ void __launch_bounds__(32*TQ_ENCODE_WARPS) tq_encode_rows(
 template <int bits>
 static __global__ void __launch_bounds__(32*TQ_N_MULTIPLES) tq_encode_rows_tcq(
         const char * __restrict__ src, char * __restrict__ dst, const tq_codec codec, const tq_rows rows, const tq_key_center center) {
+    ggml_cuda_pdl_lc();
     __shared__ float table[32];
     __shared__ float quality[TQ_N_MULTIPLES];
     __shared__ tq_search<bits> search[TQ_N_MULTIPLES];

@@ -11,7 +11,8 @@
 ``tcq3``                  short for ``Trellis(b=3)``: a trellis code over blocks of 64
 ========================  =============================================================================================
 
-A name of a key quantizer may end in ``+mean`` or ``+rope``: what is taken off the keys first (``ggml_tq.study``).
+A name of a key quantizer may end in ``+mean`` or ``+rope``: what is taken off the keys first (``ggml_tq.study``); or in
+``+cal``: centered and scaled as a calibrated model's metadata say (``ggml_tq.calibrated``).
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from ggml_tq.reference.protocol import Quantizer
 
 Floats = NDArray[np.float32]
 Role = Literal["key", "value"]
-Center = Literal["none", "mean", "rope"]
+Center = Literal["none", "mean", "rope", "cal"]
 
 UPSTREAM = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
-CENTERS: tuple[Center, ...] = ("none", "mean", "rope")
+CENTERS: tuple[Center, ...] = ("none", "mean", "rope", "cal")
 
 
 class QuantizerError(ValueError):
@@ -195,6 +196,10 @@ class Recipe:
         except Exception as e:
             raise QuantizerError(f"{self.name}: {e}") from e
         return quantizer
+
+    def of_head(self, role: Role, dim: int, layer: int, head: int) -> Quantizer:
+        """The quantizer of one KV head: the same for all, unless a recipe says otherwise."""
+        return self.build(role, dim)
 
     def _build(self, role: Role, dim: int) -> Quantizer:
         name = self.quantizer

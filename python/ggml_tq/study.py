@@ -29,12 +29,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ggml_tq.calibrated import Calibrated, CalibratedError
 from ggml_tq.capture import Capture, CaptureError, Floats, Layer
 from ggml_tq.quantizers import QuantizerError, Recipe
 from ggml_tq.reference.protocol import Quantizer
 
 Doubles = NDArray[np.float64]
-_Work = tuple[int, tuple[tuple[Recipe, Recipe], ...], int, NDArray[np.bool_]]  # arguments of _layer after the capture
+_Work = tuple[int, tuple[tuple[Recipe, Recipe], ...], int, NDArray[np.bool_], Calibrated | None]  # _layer's arguments
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 TILE = 256  # queries at a time
 SINKS = 16  # tokens at the start of a chunk that do not count in means: attention sinks have keys of their own kind
@@ -225,32 +226,44 @@ class _Centers:
 
     mean: Floats
     rope: Floats | None
+    cal: tuple[Floats, Floats] | None  # and scales, (dim,)
 
-    def get(self, recipe: Recipe, layer: Layer) -> Floats | None:
-        if recipe.center == "none":
-            return None
-        if recipe.center == "mean":
-            return self.mean
-        if self.rope is None:
-            raise StudyError(f"{recipe.name}: layer {layer.index} has no keys before RoPE in this capture")
-        return self.rope
+    def error(self, recipe: Recipe, quantizer: Quantizer, k: Floats) -> Floats:
+        """k^ - k: what is taken off before is put back exactly, so it drops out."""
+        center, scale = {
+            "none": (None, None), "mean": (self.mean, None), "rope": (self.rope, None), "cal": self.cal or (None, None)
+        }[recipe.center]  # fmt: skip
+        x = k if center is None else k - center
+        if scale is None:
+            return np.asarray(quantizer.reconstruct(x) - x, dtype=np.float32)
+        x = x * scale
+        return np.asarray((quantizer.reconstruct(x) - x) / scale, dtype=np.float32)
 
 
-def _centers(capture: Capture, layer: Layer, head: int, k: Floats, tokens: NDArray[np.bool_]) -> _Centers:
+def _centers(
+    capture: Capture, layer: Layer, head: int, k: Floats, tokens: NDArray[np.bool_], calibrated: Calibrated | None
+) -> _Centers:
     mean = k[tokens].mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
+    cal = calibrated.of_head(layer, head, capture.positions) if calibrated else None
     if layer.rope is None or not capture.has_k_pre(layer.index):
-        return _Centers(mean, None)
+        return _Centers(mean, None, cal)
     capture.check_rope(layer.index, head)
     k_pre = capture.k_pre(layer.index, head)
     mean_pre = k_pre[tokens].mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
-    return _Centers(mean, layer.rope.apply(mean_pre, capture.positions))
+    return _Centers(mean, layer.rope.apply(mean_pre, capture.positions), cal)
 
 
 # ---- the bench
 
 
-def check(capture: Capture, pairs: Sequence[tuple[Recipe, Recipe]], layers: Sequence[int], skip: int) -> None:
-    """Raises StudyError or QuantizerError for what cannot be studied."""
+def check(
+    capture: Capture,
+    pairs: Sequence[tuple[Recipe, Recipe]],
+    layers: Sequence[int],
+    skip: int,
+    calibrated: Calibrated | None = None,
+) -> None:
+    """Raises StudyError, CalibratedError or QuantizerError for what cannot be studied."""
     for index in layers:
         if index not in capture.layers:
             have = ",".join(map(str, capture.layers))
@@ -263,6 +276,10 @@ def check(capture: Capture, pairs: Sequence[tuple[Recipe, Recipe]], layers: Sequ
         for key, value in pairs:
             if value.center != "none":
                 raise StudyError(f"{value.name}: only keys are centred")
+            if key.center == "cal":
+                if calibrated is None:
+                    raise StudyError(f"{key.name}: wants --calibrated MODEL.gguf")
+                calibrated.check(layer)
             if key.center == "rope" and not capture.has_k_pre(index):
                 raise StudyError(f"{key.name}: layer {index} has no keys before RoPE in this capture")
             key.build("key", layer.head_dim_k)
@@ -280,15 +297,17 @@ def study(
     calibration: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     jobs: int = 0,
+    calibrated: Calibrated | None = None,
 ) -> Study:
     """Study each (key quantizer, value quantizer) of ``pairs`` on ``layers`` (default: all).
 
     ``calibration``: tokens that means are taken over, default half of all. ``progress`` is told layers done and in
     all. With ``jobs`` that many processes share the layers; a script that asks for them needs an
-    ``if __name__ == "__main__"``. Raises StudyError, CaptureError or QuantizerError.
+    ``if __name__ == "__main__"``. ``calibrated``: what keys of the center ``cal`` are centered and scaled by. Raises
+    StudyError, CalibratedError, CaptureError or QuantizerError.
     """
     layers = list(capture.layers) if layers is None else list(layers)
-    check(capture, pairs, layers, skip)
+    check(capture, pairs, layers, skip, calibrated)
     n_tokens = len(capture.positions)
     calibration = n_tokens // 2 if calibration is None else calibration
     tokens = calibration_tokens(capture, calibration)
@@ -302,7 +321,7 @@ def study(
         calibration=calibration,
         pairs=[(k.name, v.name) for k, v in pairs],
     )
-    work = [(index, tuple(pairs), skip, tokens) for index in layers]
+    work = [(index, tuple(pairs), skip, tokens, calibrated) for index in layers]
     done = _in_processes(capture, work, min(jobs, len(work))) if jobs else (_layer(capture, *w) for w in work)
     progress(0, len(work))
     for scores in done:
@@ -340,10 +359,16 @@ def _layer(
     pairs: Sequence[tuple[Recipe, Recipe]],
     skip: int,
     tokens: NDArray[np.bool_],
+    calibrated: Calibrated | None = None,
 ) -> LayerScores:
     layer = capture.layers[index]
-    keys: dict[Recipe, Quantizer] = {k: k.build("key", layer.head_dim_k) for k, _ in pairs}
-    values: dict[Recipe, Quantizer] = {v: v.build("value", layer.head_dim_v) for _, v in pairs}
+    heads = range(layer.n_head_kv)
+    keys: dict[Recipe, list[Quantizer]] = {
+        k: [k.of_head("key", layer.head_dim_k, index, head) for head in heads] for k, _ in pairs
+    }
+    values: dict[Recipe, list[Quantizer]] = {
+        v: [v.of_head("value", layer.head_dim_v, index, head) for head in heads] for _, v in pairs
+    }
     sinks = capture.sinks(layer.index)
     key_sums: dict[Recipe, list[_KeySums]] = {k: [] for k in keys}
     key_errors: dict[Recipe, list[float]] = {k: [] for k in keys}
@@ -353,15 +378,15 @@ def _layer(
     shares: list[float] = []
     rope_shares: list[float] = []
 
-    for head in range(layer.n_head_kv):
+    for head in heads:
         k, v = capture.k(layer.index, head), capture.v(layer.index, head)
-        centers = _centers(capture, layer, head, k, tokens)
+        centers = _centers(capture, layer, head, k, tokens, calibrated)
         energy = _square(k)
         shares.append(1 - _ratio(_square(k - centers.mean), energy))
         if centers.rope is not None:
             rope_shares.append(1 - _ratio(_square(k - centers.rope), energy))
-        dk = {r: _key_error(quantizer, k, centers.get(r, layer)) for r, quantizer in keys.items()}
-        dv = {r: quantizer.reconstruct(v) - v for r, quantizer in values.items()}
+        dk = {r: centers.error(r, quantizers[head], k) for r, quantizers in keys.items()}
+        dv = {r: quantizers[head].reconstruct(v) - v for r, quantizers in values.items()}
         for r, error in dk.items():
             key_errors[r].append(_ratio(_square(error), energy))
         for r, error in dv.items():
@@ -398,19 +423,13 @@ def _layer(
         layer=layer.index,
         mean_share=shares,
         rope_share=rope_shares or None,
-        keys={r.name: _key_score(keys[r].bits, key_errors[r], key_sums[r]) for r in keys},
+        keys={r.name: _key_score(keys[r][0].bits, key_errors[r], key_sums[r]) for r in keys},
         values={
-            r.name: ValueScore(values[r].bits, float(np.mean(value_errors[r])), float(np.mean(value_outputs[r])))
+            r.name: ValueScore(values[r][0].bits, float(np.mean(value_errors[r])), float(np.mean(value_outputs[r])))
             for r in values
         },
         outputs={f"{k.name} / {v.name}": float(np.mean(x)) for (k, v), x in pair_outputs.items()},
     )
-
-
-def _key_error(quantizer: Quantizer, k: Floats, center: Floats | None) -> Floats:
-    """k^ - k: what is taken off before is put back exactly, so it drops out."""
-    x = k if center is None else k - center
-    return np.asarray(quantizer.reconstruct(x) - x, dtype=np.float32)
 
 
 def _key_score(bits: float, errors: list[float], heads: list[_KeySums]) -> KeyScore:
@@ -429,4 +448,4 @@ def _key_score(bits: float, errors: list[float], heads: list[_KeySums]) -> KeySc
     )
 
 
-__all__ = ["CaptureError", "QuantizerError", "Study", "StudyError", "check", "study"]
+__all__ = ["CalibratedError", "CaptureError", "QuantizerError", "Study", "StudyError", "check", "study"]

@@ -134,7 +134,8 @@ Errors are squared and relative. Logit bias, slope and variance are relative to 
 query sees (the slope is what a quantizer adds to the factor of every logit). KL: nats, of the attention distribution
 with quantized keys from the exact one, mean over queries, query heads and layers; worst head: the highest mean of one
 head. Output: error of the attention output with keys, values or both quantized. `+mean` and `+rope` take the mean of
-the keys after or before RoPE off first. `ggml_tq.study` defines each figure.
+the keys after or before RoPE off first; `+cal` centers and scales keys as the metadata of the calibrated model say, as
+the cache does. `ggml_tq.study` defines each figure.
 """
 
 
@@ -174,7 +175,7 @@ def plot(study: Study, path: Path) -> None:
     FigureCanvasAgg(figure)
     kl, output, pareto = figure.subplots(1, 3)
     layers = [layer.layer for layer in study.layers]
-    lines = {"": ("-", "o"), "mean": ("--", "s"), "rope": (":", "^")}
+    lines = {"": ("-", "o"), "mean": ("--", "s"), "rope": (":", "^"), "cal": ("-.", "D")}
     quantizers = list(dict.fromkeys(key.partition("+")[0] for key, _ in study.pairs))
     for (key, value), row in zip(study.pairs, rows(study), strict=True):
         quantizer, _, center = key.partition("+")

@@ -5,7 +5,7 @@
 #
 # Sources: build/gpu/upstream.tar.xz (scripts/gpu/pack.py source), or what LLAMA_CPP_DIR names. With
 # build/gpu/programs.tar.xz (scripts/gpu/pack.py programs, or relink.sh) nothing is built, unless FROM_SOURCE is set.
-# Programs end up in DIR/bin. On 16 cores a build for one architecture takes five minutes.
+# Programs end up in DIR/bin. On 16 cores a build for one architecture takes six minutes.
 #   CUDA_ARCH   90 (Hopper)
 #   CMAKE_ARGS  more arguments for CMake
 set -eu
@@ -13,7 +13,7 @@ set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 dir=$1
 shift
-programs=${*:-llama-perplexity llama-bench llama-completion test-backend-ops test-backend}
+programs=${*:-llama-perplexity llama-bench llama-completion test-backend-ops test-backend bench-attention}
 
 mkdir -p "$dir"
 if [ -z "${FROM_SOURCE:-}" ] && [ -f "$root/build/gpu/programs.tar.xz" ]; then

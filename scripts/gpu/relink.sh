@@ -16,7 +16,7 @@ shift
 export FROM_SOURCE=1
 
 "$root/scripts/gpu/build.sh" "$dir/cuda" help > /dev/null
-for source in tq-decode.cu tq-encode.cu tq-ops.cu "$@"; do
+for source in $(cd "$root/ggml-tq/cuda" && ls ./*.cu template-instances/*.cu | sed 's|.*/||') "$@"; do
     ninja -C "$dir/cuda" -t targets all | sed -n "s|^\(.*/ggml-cuda.dir/.*/\{0,1\}$source\.o\): .*|\1|p"
 done > "$dir/compiled"
 xargs ninja -C "$dir/cuda" < "$dir/compiled"
@@ -38,6 +38,7 @@ for file in "$dir/programs"/*; do
         *) cp -P "$dir/cpu/bin/$name" "$dir/programs/" ;;
     esac
 done
+cp -P "$dir/cpu/bin/bench-attention" "$dir/programs/" # which earlier builds may lack
 library=$(cd "$dir/programs" && echo libggml-cuda.so.*.*.*)
 # shellcheck disable=SC2046,SC2086
 g++ -shared -Wl,-soname,libggml-cuda.so.0 -Wl,-rpath,"\$ORIGIN" -o "$dir/programs/$library" \

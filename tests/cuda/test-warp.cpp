@@ -1,10 +1,10 @@
 // The device code that encodes and decodes a block, in an emulated warp, against the C library: bytes and floats must be
-// equal. Shows on machines without a GPU that the two do the same; what nvcc makes of it test-backend.cpp shows.
+// equal. And the arithmetic on words that makes operands for tensor cores of packed blocks. Shows on machines without a GPU that the two do the same; what nvcc makes of it test-backend.cpp shows.
 // usage: test-warp [blocks]
 
 #include "warp.h"
 
-#include "tq-block.cuh"
+#include "tq-fragment.cuh"
 
 #include <cinttypes>
 #include <cstdio>
@@ -110,6 +110,123 @@ template <tq_kind kind, int bits> static int test(tq_type type, int n_blocks) {
     return n_bad;
 }
 
+//
+// operands of attention
+//
+
+// level and sign of the sketch of a coordinate, the plain way
+template <tq_kind kind, int bits> static float level_of(const tq_codec & codec, const uint16_t * block, int i, bool & sign) {
+    constexpr int code_bits = kind == TQ_KIND_MSE ? bits : bits - 1;
+    int code = 0;
+    for (int p = 0; p < code_bits; ++p) {
+        code |= tq_plane_bit(block, p, i) << p;
+    }
+    if (kind == TQ_KIND_TCQ) {
+        const uint16_t * plane = block + 1 + 4*code_bits;
+        const uint64_t coded = (uint64_t) plane[0] | (uint64_t) plane[1] << 16 | (uint64_t) plane[2] << 32 | (uint64_t) plane[3] << 48;
+        code |= tq_label(codec, tq_register(__brevll(coded), i)) << code_bits;
+    }
+    sign = kind == TQ_KIND_QJL && tq_plane_bit(block, code_bits, i);
+    return codec.table[code];
+}
+
+// number h of a pair that is looked up: the low or the high one
+template <tq_kind kind, int bits> static float looked_up(const tq_codec & codec, uint32_t offset, uint32_t signs, int h) {
+    const float level = tq_level<kind, bits>(codec, offset >> (8 + 4*h) & 15);
+    return kind == TQ_KIND_TCQ && (signs >> (15 + 16*h) & 1) ? -level : level;
+}
+
+// an 8x8 matrix of halfwords, as movmatrix transposes it
+static void transpose(const uint32_t * x, uint32_t * y) {
+    for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane/4;
+        const int j = lane%4;
+        y[lane] = 0;
+        for (int e = 0; e < 2; ++e) { // number 2*j + e of row g was number g of row 2*j + e
+            y[lane] |= (x[4*(2*j + e) + g/2] >> 16*(g%2) & 0xffff) << 16*e;
+        }
+    }
+}
+
+template <tq_kind kind, int bits> static int test_operands(tq_type type) {
+    const tq_codec codec = tq_make_codec(params, type);
+    std::mt19937_64 rng(23 + type);
+    uint16_t blocks[16][17]; // of 16 cells
+    for (auto & block : blocks) {
+        for (uint16_t & h : block) {
+            h = (uint16_t) rng();
+        }
+    }
+    int n_bad = 0;
+    const auto check = [&](const char * what, int cell, int i, float got, bool got_sign) {
+        bool sign;
+        const float want = level_of<kind, bits>(codec, blocks[cell], i, sign);
+        if (got != want || (kind == TQ_KIND_QJL && got_sign != sign)) {
+            printf("%s: %s, cell %d, coordinate %d: %g%c, want %g%c\n", tq_get_type_info(type)->name, what, cell, i,
+                got, got_sign ? '-' : '+', want, sign ? '-' : '+');
+            n_bad++;
+        }
+    };
+    tq_words words[32];
+    for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane/4;
+        const int j = lane%4;
+        uint32_t x[bits], y[bits];
+        for (int p = 0; p < bits; ++p) {
+            x[p] = blocks[g    ][1 + 4*p + j];
+            y[p] = blocks[g + 8][1 + 4*p + j];
+        }
+        const int before = 1 + 4*(bits - 1) + (j + 3)%4;
+        words[lane] = tq_unpack<kind, bits>(x, y, blocks[g][before] | x[bits - 1] << 16, blocks[g + 8][before] | y[bits - 1] << 16);
+
+        const tq_pair_signs signs = tq_signs_of_keys(words[lane].signs);
+        for (int s = 0; s < 4; ++s) {
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t offset = tq_pair_offset(words[lane].codes[s], i, 4*lane);
+                const uint32_t sign   = tq_sign_of_key(signs, s, i);
+                if ((offset & 0xff) != 4u*lane || offset/256 >= tq_pairs<kind, bits>::n_entries || (sign & ~0x80008000u) != 0) {
+                    printf("%s: offset %x, signs %x\n", tq_get_type_info(type)->name, offset, sign);
+                    n_bad++;
+                }
+                for (int h = 0; h < 2; ++h) {
+                    check("key", g + 8*(i/2), 16*j + s + 8*(i%2) + 4*h, looked_up<kind, bits>(codec, offset, sign, h), sign >> (15 + 16*h) & 1);
+                }
+            }
+        }
+    }
+    if (kind == TQ_KIND_QJL) {
+        return n_bad; // no values
+    }
+    uint32_t in[32], ab[2][32], cd[2][32], signs_ab[32], signs_cd[32];
+    const auto turn = [&](auto of, uint32_t * out) {
+        for (int lane = 0; lane < 32; ++lane) {
+            in[lane] = of(words[lane]);
+        }
+        transpose(in, out);
+    };
+    for (int h = 0; h < 2; ++h) {
+        turn([&](const tq_words & w) { return tq_both_low (w.codes[2*h], w.codes[2*h + 1]); }, ab[h]);
+        turn([&](const tq_words & w) { return tq_both_high(w.codes[2*h], w.codes[2*h + 1]); }, cd[h]);
+    }
+    turn([&](const tq_words & w) { return __byte_perm(w.signs, 0, 0x1010); }, signs_ab);
+    turn([&](const tq_words & w) { return __byte_perm(w.signs, 0, 0x3232); }, signs_cd);
+    for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane/4;
+        const int j = lane%4;
+        for (int h = 0; h < 2; ++h) {
+            const tq_value_pairs pairs = tq_pairs_of_values(ab[h][lane], cd[h][lane]);
+            for (int n = 0; n < 4; ++n) { // coordinates 4*n + 2*h + g%2 of halfword g/2
+                for (int k = 0; k < 4; ++k) { // cells a to d
+                    const uint32_t offset = tq_pair_offset(n%2 ? pairs.odd : pairs.even, n/2 + 2*(k/2), 4*lane);
+                    const uint32_t sign   = ((k < 2 ? signs_ab : signs_cd)[lane] >> g%2 << (15 - 4*n - 2*h)) & 0x80008000;
+                    check("value", 2*j + k%2 + 8*(k/2), 16*(g/2) + 4*n + 2*h + g%2, looked_up<kind, bits>(codec, offset, sign, k%2), false);
+                }
+            }
+        }
+    }
+    return n_bad;
+}
+
 static int test_center() {
     std::mt19937_64 rng(3);
     std::normal_distribution<float> normal;
@@ -157,6 +274,15 @@ int main(int argc, char ** argv) {
         n_bad += test<TQ_KIND_TCQ, 2>(TQ_TYPE_TQ2_TCQ, n);
         n_bad += test<TQ_KIND_TCQ, 3>(TQ_TYPE_TQ3_TCQ, n);
         n_bad += test<TQ_KIND_TCQ, 4>(TQ_TYPE_TQ4_TCQ, n);
+        n_bad += test_operands<TQ_KIND_MSE, 2>(TQ_TYPE_TQ2_MSE);
+        n_bad += test_operands<TQ_KIND_MSE, 3>(TQ_TYPE_TQ3_MSE);
+        n_bad += test_operands<TQ_KIND_MSE, 4>(TQ_TYPE_TQ4_MSE);
+        n_bad += test_operands<TQ_KIND_QJL, 2>(TQ_TYPE_TQ2_QJL);
+        n_bad += test_operands<TQ_KIND_QJL, 3>(TQ_TYPE_TQ3_QJL);
+        n_bad += test_operands<TQ_KIND_QJL, 4>(TQ_TYPE_TQ4_QJL);
+        n_bad += test_operands<TQ_KIND_TCQ, 2>(TQ_TYPE_TQ2_TCQ);
+        n_bad += test_operands<TQ_KIND_TCQ, 3>(TQ_TYPE_TQ3_TCQ);
+        n_bad += test_operands<TQ_KIND_TCQ, 4>(TQ_TYPE_TQ4_TCQ);
         // and once more with parameters that a model brings
         static tq_params own = *tq_params_default();
         const float codebook[4] = { -2.0f, -0.25f, 0.5f, 1.0f };

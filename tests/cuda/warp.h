@@ -136,6 +136,15 @@ static inline int      __ffs (uint32_t w)             { return __builtin_ffs((in
 static inline uint32_t __float_as_uint(float f)       { return warp_unpack<uint32_t>(warp_pack(f)); }
 static inline float    __uint_as_float(uint32_t u)    { return warp_unpack<float>(u); }
 
+static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+    uint32_t r = 0;
+    for (int i = 0; i < 4; ++i) {
+        const int at = selector >> 4*i & 7;
+        r |= ((at < 4 ? x : y) >> 8*(at & 3) & 0xff) << 8*i;
+    }
+    return r;
+}
+
 static inline uint64_t __brevll(uint64_t w) {
     uint64_t r = 0;
     for (int i = 0; i < 64; ++i) {

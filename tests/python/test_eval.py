@@ -378,13 +378,41 @@ def test_report(bench: Bench, tmp_path: Path) -> None:
     assert compact.startswith("before\n<!-- quality -->\nMean KL divergence")
     assert compact.endswith("(docs/quality.md).\n<!-- /quality -->\nafter\n")
     assert compact.count("\n| ") == 1 + 4  # heading, and one row a pair but f16
-    for other in ("retrieval-x.svg", "study.png"):
-        (output.parent / other).touch()
+    (output.parent / "retrieval-x.svg").touch()
     assert CliRunner().invoke(app, command).exit_code == 0
-    assert output.read_text().endswith("(study.png)\n\n## Retrieval\n\n![retrieval-x](retrieval-x.svg)\n")
+    assert output.read_text().endswith("\n\n## Retrieval\n\n![retrieval-x](retrieval-x.svg)\n")
     readme.write_text("nothing marked\n")
     assert CliRunner().invoke(app, command).exit_code == 1
     assert readme.read_text() == "nothing marked\n"
+
+
+def test_error_a_layer(tmp_path: Path, record: Record) -> None:
+    store, output, study = Store(tmp_path / "x.jsonl"), tmp_path / "docs" / "x.md", tmp_path / "study.json"
+    store.append(record)
+    layers = [
+        {"layer": n, "keys": {"q4_0": {"kl": 0.1 + n}, "tq3_tcq+cal": {"kl": None if n == 3 else 0.01 * n}}}
+        for n in (0, 3, 6)
+    ]
+    meta = {"model": "Some-Q4_1.gguf", "text": "wiki.txt"}
+    study.write_text(json.dumps({"metadata": meta, "n_tokens": 1024, "n_queries": 768, "skip": 256, "layers": layers}))
+    # 0 has no logarithm, None is not finite
+    assert report.layer_errors(study).kl == {"q4_0": {0: 0.1, 3: 3.1, 6: 6.1}, "tq3_tcq+cal": {6: 0.06}}
+    command = ["report", str(store.path), "-o", str(output), "--study", str(study)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert "## Error a layer\n\n![KL of attention a layer](x-Some-layers.svg)\n" in output.read_text()
+    assert "Captured keys of Some-Q4_1.gguf, 1024 tokens of wiki.txt, 768 queries a head" in output.read_text()
+    assert "[study.json](../study.json)" in output.read_text()
+    plot = (output.parent / "x-Some-layers.svg").read_text()
+    assert all(f">{name}<" in plot for name in ("q4_0", "tq3_tcq+cal", "Some, keys quantized"))
+
+    before = output.read_bytes()
+    for broken in ("", "{}", '{"metadata": {}, "layers": [{"layer": 1, "keys": {"q4_0": 1}}]}'):
+        study.write_text(broken)
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"error: {study} is no study that ggml-tq study wrote")
+        assert result.stderr.count("\n") == 1
+        assert output.read_bytes() == before
 
 
 def test_the_frontier_is_what_nothing_beats() -> None:

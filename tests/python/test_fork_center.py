@@ -87,7 +87,7 @@ def arbitrary(model: Path, rms: float = 1.0, seed: int = 5) -> Centers:
 def scaled(random_model: RandomModel, m: Biased, output: Path) -> Path:
     """The model with its biases as means, scales, and other means for position 0."""
     model, bias = random_model(m), m.key_bias().ravel()
-    first = bias + np.random.default_rng(6).standard_normal(len(bias)).astype(np.float32)
+    first = bias + np.float32(0.3) * np.random.default_rng(6).standard_normal(len(bias)).astype(np.float32)
     return stamped(model, output, Centers("mean", bias, scales(model), first))
 
 

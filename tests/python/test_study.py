@@ -12,12 +12,18 @@ import numpy as np
 import pytest
 from conftest import Fork
 from numpy.typing import NDArray
-from random_models import DeepSeek2
+from random_models import DeepSeek2, Llama
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+from ggml_tq import calibrated, metadata
+from ggml_tq.calibrated import CalibratedError
 from ggml_tq.capture import CaptureError, Request, Rope, capture, load_capture
+from ggml_tq.center import Centers
 from ggml_tq.cli import app
+from ggml_tq.gguf_file import read_header
+from ggml_tq.hparams import key_shapes
+from ggml_tq.params import DEFAULT, Params
 from ggml_tq.quantizers import QuantizerError, Recipe, parse, upstream_rotation
 from ggml_tq.reference.scalar import Q4_0, Q8_0
 from ggml_tq.study import KeyScore, LayerScores, Study, StudyError, study
@@ -318,6 +324,84 @@ def test_rope_of_neighbours() -> None:
     assert np.allclose(y[:, 0::2] + 1j * y[:, 1::2], z, atol=1e-5)
 
 
+def stamped(model: Path, output: Path, seed: int = 0) -> Centers:
+    """A copy of a model with centers, scales and centers at position 0 at random, written into it."""
+    header = read_header(model)
+    size = sum(shape.size for shape in key_shapes(header.entries))
+    rng = np.random.default_rng(seed)
+    key, first = (rng.standard_normal(size).astype(np.float32) for _ in range(2))
+    centers = Centers("mean", key, np.exp(0.2 * rng.standard_normal(size)).astype(np.float32), first)
+    return metadata.stamp(model, output, DEFAULT, centers=centers)
+
+
+def test_calibrated(random_model: Callable[[object], Path], tmp_path: Path) -> None:
+    """Keys are centered and scaled as section 10 of the format says, with another center at position 0."""
+    model = tmp_path / "model.gguf"
+    centers = stamped(random_model(Llama(64, n_layer=4)), model)
+    assert centers.key is not None
+    assert centers.scale is not None
+    assert centers.first is not None
+    shapes = key_shapes(read_header(model).entries)
+    begin = sum(shape.size for shape in shapes[:3])
+    assert (shapes[3].heads, shapes[3].dim) == (2, 64)
+    m, s, m0 = (x[begin : begin + 128].reshape(2, 64) for x in (centers.key, centers.scale, centers.first))
+    path = write(tmp_path / "kv.st", Shape(chunks=(400, 300)), k_pre=np.zeros((700, 2, 64), np.float32))
+    with load_capture(path) as c:
+        cal = calibrated.load(model)
+        for head in (0, 1):
+            got, scale = cal.of_head(c.layers[3], head, c.positions)
+            # half-and-half pairs as complex numbers
+            z = (m[head, :32] + 1j * m[head, 32:]) * np.exp(1j * c.positions[:, None] * 1e4 ** (-np.arange(32) / 32))
+            want = np.concatenate([z.real, z.imag], axis=-1)
+            want[c.positions == 0] = m0[head]
+            assert np.allclose(got, want, atol=1e-4)
+            assert np.array_equal(scale, s[head])
+            assert np.array_equal(cal.without_scales().of_head(c.layers[3], head, c.positions)[1], np.ones(64))
+
+
+def test_calibrated_keys_are_rounded_as_centered(random_model: Callable[[object], Path], tmp_path: Path) -> None:
+    """Noise on scaled keys is divided by the scales; keys that are their centers are stored exactly, at 2 bits."""
+    model = tmp_path / "model.gguf"
+    stamped(random_model(Llama(64, n_layer=4)), model)
+    cal = calibrated.load(model)
+    k_pre = np.repeat(cal.key[3][None], 700, axis=0)
+    k_pre[0] = cal.first[3]
+    with load_capture(write(tmp_path / "0.st", k_pre=k_pre)) as c:
+        k = np.stack([cal.of_head(c.layers[3], head, c.positions)[0] for head in (0, 1)], axis=1)
+    path = write(tmp_path / "kv.st", key=lambda _: k, k_pre=k_pre)
+    pairs = [(Recipe("tq2_mse", "cal"), EXACT), (Own("noise", "cal", Noise(0.1)), EXACT), (Recipe("tq2_mse"), EXACT)]
+    got = scores(path, *pairs, calibrated=cal).keys
+    assert got["tq2_mse"].error > 0.05
+    assert got["tq2_mse+cal"].error < 1e-9
+    scale = cal.scale[3]
+    want = np.mean([0.01 * np.sum(scale[h] ** -2.0) / np.mean(np.sum(k[:, h] ** 2, axis=-1)) for h in (0, 1)])
+    assert got["noise+cal"].error == pytest.approx(want, rel=0.02)
+
+    code, out = run(path, "--keys", "tq2_mse,tq2_mse+cal", "--calibrated", model, "-j", 1, "--json")
+    assert code == 0, out
+    found = json.loads(out)["layers"][0]["keys"]
+    assert found["tq2_mse"]["error"] == pytest.approx(got["tq2_mse"].error, rel=1e-4)
+    assert found["tq2_mse+cal"]["error"] < 1e-9
+
+
+def test_what_is_not_calibrated(random_model: Callable[[object], Path], tmp_path: Path) -> None:
+    plain, own = random_model(Llama(64, n_layer=4)), tmp_path / "own.gguf"
+    with pytest.raises(CalibratedError, match=r"has no calibrated centers: run ggml-tq calibrate"):
+        calibrated.load(plain)
+    metadata.stamp(plain, own, Params(rotation_seed=7), centers=stamped(plain, tmp_path / "model.gguf"))
+    with pytest.raises(CalibratedError, match="has codebooks or seeds of its own"):
+        calibrated.load(own)
+    with pytest.raises(CalibratedError, match="nothing"):
+        calibrated.load(tmp_path / "nothing.gguf")
+    stamped(random_model(Llama(64)), tmp_path / "short.gguf")
+    for shape, model in ((Shape(dim=128), "model.gguf"), (Shape(), "short.gguf")):
+        with (
+            load_capture(write(tmp_path / "kv.st", shape)) as c,
+            pytest.raises(CalibratedError, match="the calibrated model has not"),
+        ):
+            study(c, [(Recipe("tq3_mse", "cal"), EXACT)], calibrated=calibrated.load(tmp_path / model))
+
+
 # ---- quantizers by name
 
 
@@ -359,7 +443,7 @@ def test_names() -> None:
     [
         ("tq5", "unknown quantizer 'tq5': known are tq2_mse, .*q4_0.*Eden"),
         ("", "no quantizer named: known are tq2_mse"),
-        ("tq3+median", r"'tq3\+median': want one of \+none, \+mean, \+rope"),
+        ("tq3+median", r"'tq3\+median': want one of \+none, \+mean, \+rope, \+cal"),
         ("Eden(b=99)", r"Eden\(b=99\): "),
         ("Eden(bits=3)", r"Eden\(bits=3\): .*bits"),
         ("Eden(3)", "'3': want NAME=VALUE"),
@@ -429,7 +513,9 @@ def test_command(tmp_path: Path) -> None:
         (("--keys", "nope"), "unknown quantizer 'nope': known are tq2_mse"),
         (("--keys", "tq3,tq4,q8_0", "--values", "tq3,tq4"), "3 keys and 2 values: want one value"),
         (("--values", "tq3+mean"), "tq3+mean: only keys are centred"),
-        (("--center", "median"), "--center median: want none, mean, rope"),
+        (("--center", "median"), "--center median: want none, mean, rope, cal"),
+        (("--keys", "tq3+cal"), "tq3+cal: wants --calibrated MODEL.gguf"),
+        (("--calibrated", "none.gguf"), "none.gguf"),
         (("--layers", "7"), "layer 7 is not in the capture"),
         (("--layers", "one"), "--layers one: want numbers"),
         (("-o", "none/study"), "none is not a directory"),

@@ -198,6 +198,9 @@ def write_report(
     readme: Annotated[
         Path | None, typer.Option("--readme", help="Put a compact table between its <!-- quality --> lines.")
     ] = None,
+    studies: Annotated[
+        list[Path] | None, typer.Option("--study", help="JSON of ggml-tq study, to show the error of each layer.")
+    ] = None,
 ) -> None:
     """Write tables and plots of recorded results.
 
@@ -215,7 +218,7 @@ def write_report(
                 Console(stderr=True).print(f"{path}: a half-written last line is left out", markup=False)
         if builds:
             records = [r for r in records if any(r.settings.binary_sha256.startswith(b) for b in builds)]
-        report.write(records, output, inputs or [RESULTS], readme)
+        report.write(records, output, inputs or [RESULTS], readme, studies or [])
     except EvalError as e:
         raise fail(e) from e
     typer.echo(output)

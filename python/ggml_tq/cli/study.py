@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ggml_tq import study_report
+from ggml_tq import calibrated, study_report
+from ggml_tq.calibrated import CalibratedError
 from ggml_tq.capture import CaptureError, load_capture
 from ggml_tq.cli.app import app, fail
 from ggml_tq.quantizers import CENTERS, Center, QuantizerError, Recipe, parse
@@ -56,7 +57,11 @@ def study_command(
     values: Annotated[
         str | None, typer.Option(help="Of values: one for all, or one for each key. (default: as the keys)")
     ] = None,
-    center: Annotated[str, typer.Option(help="What comes off keys that do not say: none, mean or rope.")] = "none",
+    center: Annotated[str, typer.Option(help="What comes off keys that do not say: none, mean, rope, cal.")] = "none",
+    model: Annotated[
+        Path | None,
+        typer.Option("--calibrated", metavar="MODEL.gguf", help="Whose centers and scales `+cal` means."),
+    ] = None,
     layers: Annotated[str, typer.Option(help="Layers: all, 0,5,10, or a slice such as ::3.")] = "all",
     skip: Annotated[int, typer.Option(min=0, help="Queries of each chunk that do not count.")] = 256,
     calibration: Annotated[
@@ -73,7 +78,8 @@ def study_command(
     Names: the cache types (`tq3_qjl`, `tq4_mse`, `tq3` by role); upstream's `q4_0` … `q8_0` with upstream's rotation of
     the head, `q4_0-norot` without; `f16`, `bf16`; `lm3`, a Lloyd-Max codebook over the whole head with the unbiased
     scale; any class of `ggml_tq.reference`, as `Eden(b=3,scale=biased)`. A key's name may end in `+mean` or `+rope`:
-    the mean of the head's keys after or before RoPE comes off first and is put back exactly.
+    the mean of the head's keys after or before RoPE comes off first and is put back exactly. `+cal` does what the
+    cache does with the centers and scales of a calibrated model.
     """
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -93,9 +99,10 @@ def study_command(
                 calibration,
                 lambda n, total: progress.update(task, completed=n, total=total),
                 jobs or os.cpu_count() or 1,
+                calibrated.load(model) if model is not None else None,
             )
         written = study_report.write(result, output) if output is not None else []
-    except (CaptureError, StudyError, QuantizerError, OSError) as e:
+    except (CalibratedError, CaptureError, StudyError, QuantizerError, OSError) as e:
         raise fail(e) from e
     if as_json:
         typer.echo(study_report.as_json(result))

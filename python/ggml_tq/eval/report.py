@@ -6,11 +6,13 @@ else is refused, not averaged over. The numbers are those of the records; nothin
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -267,6 +269,68 @@ def plot_context(model_groups: Sequence[Group], path: Path) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class LayerErrors:
+    """What `ggml-tq study` recorded of keys: KL divergence of attention, nats, by layer."""
+
+    source: Path
+    model: str
+    where: str  # tokens, text, queries
+    kl: dict[str, dict[int, float]]  # by quantizer; layers without a finite figure are left out
+
+
+def layer_errors(path: Path) -> LayerErrors:
+    """Read a study's JSON. Raises EvalError where it is none."""
+    try:
+        study = json.loads(path.read_text())
+        meta = study["metadata"]
+        kl: dict[str, dict[int, float]] = {}
+        for layer in study["layers"]:
+            for name, score in layer["keys"].items():
+                of_name = kl.setdefault(name, {})
+                if score["kl"]:
+                    of_name[int(layer["layer"])] = float(score["kl"])
+        where = (
+            f"{study['n_tokens']} tokens of {meta.get('text', '?')}, {study['n_queries']} queries a head, from "
+            f"position {study['skip']} of each chunk on"
+        )
+        return LayerErrors(path, str(meta.get("model", path.stem)), where, kl)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise EvalError(f"{path} is no study that ggml-tq study wrote: {type(e).__name__} {e}") from e
+
+
+def plot_layers(errors: LayerErrors, path: Path) -> None:
+    """KL of attention over layers, a line a quantizer of keys."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    axes.set_prop_cycle(color=[mpl.colormaps["tab20"](i) for i in range(20)])
+    for name, kl in errors.kl.items():
+        axes.plot(list(kl), list(kl.values()), marker="o", ms=3, lw=1, label=name)
+    axes.set(xlabel="layer", ylabel="KL divergence of attention, nats", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"{short_name(errors.model)}, keys quantized", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, path)
+
+
+def _layers_section(studies: Sequence[LayerErrors], output: Path) -> str:
+    parts = ["## Error a layer\n"]
+    for errors in studies:
+        plot = output.with_name(f"{output.stem}-{short_name(errors.model)}-layers.svg")
+        plot_layers(errors, plot)
+        source = os.path.relpath(errors.source, output.parent)
+        parts.append(
+            f"![KL of attention a layer]({plot.name})\n\nCaptured keys of {errors.model}, {errors.where}; `+cal`: "
+            f"centered and scaled as in the cache. [{errors.source.name}]({source}), by `ggml-tq study`.\n"
+        )
+    return "\n".join(parts)
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a text file, which is the old one or the whole new one at any time."""
     scratch = path.with_name(path.name + ".partial")
@@ -283,16 +347,24 @@ def update_readme(file: Path, text: str) -> None:
     replace_file(file, marked.sub(lambda m: m[1] + text + m[2], old))
 
 
-def write(records: Sequence[Record], output: Path, inputs: Sequence[Path], readme: Path | None = None) -> None:
+def write(
+    records: Sequence[Record],
+    output: Path,
+    inputs: Sequence[Path],
+    readme: Path | None = None,
+    studies: Sequence[Path] = (),
+) -> None:
     """Write the report to `output`, plots beside it, and the compact table into `readme`.
 
-    Plots of `ggml-tq study` and of retrieval that are beside it are shown as they are (study*, retrieval*).
-    Raises EvalError, before anything is written, where results are missing or cannot be compared.
+    `studies`: JSON of `ggml-tq study`, whose error a layer is shown. Plots of retrieval that are beside the output are
+    shown as they are (retrieval*). Raises EvalError, before anything is written, where results are missing or cannot
+    be compared.
     """
     if not records:
         raise EvalError("no results")
     all_groups = groups(records)
     short = compact(records)
+    of_layers = [layer_errors(path) for path in studies]
     output.parent.mkdir(parents=True, exist_ok=True)
     links = ", ".join(f"[{p.name}]({os.path.relpath(p, output.parent)})" for p in inputs)
     parts = [_INTRO.format(inputs=links)]
@@ -309,10 +381,11 @@ def write(records: Sequence[Record], output: Path, inputs: Sequence[Path], readm
         plot = output.with_name(f"{output.stem}-{name}-context.svg")
         if plot_context(model_groups, plot):
             parts.append(f"![context length and mean KLD]({plot.name})\n")
-    for title, stem in (("Error a layer", "study"), ("Retrieval", "retrieval")):
-        pictures = sorted(p for p in output.parent.glob(f"{stem}*") if p.suffix in (".svg", ".png"))
-        if pictures:
-            parts.append(f"## {title}\n\n" + "".join(f"![{p.stem}]({p.name})\n" for p in pictures))
+    if of_layers:
+        parts.append(_layers_section(of_layers, output))
+    pictures = sorted(p for p in output.parent.glob("retrieval*") if p.suffix in (".svg", ".png"))
+    if pictures:
+        parts.append("## Retrieval\n\n" + "".join(f"![{p.stem}]({p.name})\n" for p in pictures))
     replace_file(output, "\n".join(parts))
     if readme:
         update_readme(readme, f"{short}\nAll figures: [{output.name}]({os.path.relpath(output, readme.parent)}).\n")

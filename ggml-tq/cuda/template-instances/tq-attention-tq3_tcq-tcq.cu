@@ -1,0 +1,3 @@
+#include "tq-attention-instances.cuh"
+
+TQ_ATTENTION_INSTANCES(TQ_KIND_TCQ, 3, TQ_KIND_TCQ);
