@@ -1,6 +1,6 @@
 // Time of ggml's FLASH_ATTN_EXT alone on the CPU, the cache types beside upstream's. Types are run in turn, round by round,
 // so that a busy machine disturbs all alike; ratios are medians over rounds of a type's time to f16's in the same round.
-// usage: bench-attention [-t THREADS] [-c CELLS] [-g HEADS_A_KEY_HEAD] [-d HEAD_DIM] [-q QUERIES] [-r ROUNDS] [--center] [TYPE...]
+// usage: bench-cpu-attention [-t THREADS] [-c CELLS] [-g HEADS_A_KEY_HEAD] [-d HEAD_DIM] [-q QUERIES] [-r ROUNDS] [--center] [TYPE...]
 // A type is one for keys and values, or K/V.
 
 #include "ggml.h"
