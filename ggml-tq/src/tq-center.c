@@ -104,8 +104,7 @@ static void turn_query(const struct tq_center * center, struct tq_center_query *
 }
 
 static int32_t run_of(int32_t pos) {
-    pos = clamp(pos);
-    return pos == 0 ? -1 : pos/PAGE;
+    return pos <= 0 ? -1 : clamp(pos)/PAGE; // -1: position 0
 }
 
 void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, const bool * used) {

@@ -33,6 +33,7 @@ Doubles = NDArray[np.float64]
 MAX_BLOCKS = 1 << 16  # for each of keys and values: 4 million coordinates
 CHUNK = 1024  # tokens that a model reads at a time
 BEGINNINGS = 64  # whose keys at position 0 are looked at
+FEWEST = 16  # beginnings that a median is taken of
 BEGINNING = 16  # tokens of each, of which the runtime's batch is made
 WORTH = 0.8  # the part of the error's power that scales must leave at most, to be used
 FLOOR = 1e-6  # of a head's largest power: what counts for a coordinate with less
@@ -237,8 +238,10 @@ def _add(sums: dict[int, KeySums], kv: Capture, shapes: Sequence[KeyShape]) -> N
 
 
 def _add_beginnings(sums: dict[int, KeySums], kv: Capture) -> None:
-    """Sets ``first``, from a capture of many beginnings."""
+    """Sets ``first``, from a capture of many beginnings; not if there are fewer than FEWEST."""
     counts = kv.positions == 0
+    if counts.sum() < FEWEST:
+        return
     for index, of_layer in sums.items():
         k = np.stack([kv.k_pre(index, head)[counts] for head in range(of_layer.key.shape[0])], axis=1).astype(
             np.float64

@@ -129,5 +129,5 @@ class Turn:
         x[..., a] = m[..., a] * c - m[..., b] * s
         x[..., b] = m[..., a] * s + m[..., b] * c
         if first is not None:
-            x[p == 0] = np.asarray(first, dtype=np.float32)
+            x[np.asarray(positions) <= 0] = np.asarray(first, dtype=np.float32)
         return x

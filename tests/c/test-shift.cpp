@@ -25,9 +25,9 @@ static ggml_type type_of(const char * name) {
 static const int32_t N_TOKENS = 40;
 static const int32_t N_ASKED  = 24;
 
-// logarithms of the next token's probabilities, for different last tokens, after `move`
+// logarithms of the next token's probabilities, for different last tokens, after `moves`
 static std::vector<std::vector<double>> distributions(llama_model * model, ggml_type type_k, llama_pos end,
-        const std::function<void(llama_memory_t)> & move) {
+        const std::vector<std::function<void(llama_memory_t)>> & moves) {
     llama_context_params params = llama_context_default_params();
     params.n_ctx           = 256;
     params.type_k          = type_k;
@@ -57,7 +57,12 @@ static std::vector<std::vector<double>> distributions(llama_model * model, ggml_
     };
     decode(N_TOKENS, 0);
     llama_memory_t memory = llama_get_memory(ctx);
-    move(memory);
+    for (const auto & move : moves) {
+        move(memory);
+        const llama_pos next = llama_memory_seq_pos_max(memory, 0) + 1;
+        decode(1, next); // a shift is done when the cache is next used
+        llama_memory_seq_rm(memory, 0, next, -1);
+    }
 
     std::vector<std::vector<double>> found;
     for (int32_t k = 0; k < N_ASKED; ++k) {
@@ -90,15 +95,20 @@ int main(int argc, char ** argv) {
     if (!model) {
         return 1;
     }
-    const struct { const char * name; llama_pos end; std::function<void(llama_memory_t)> move; } cases[] = {
-        { "still",   N_TOKENS,      [](llama_memory_t) {} },
-        { "leaves",  N_TOKENS + 30, [](llama_memory_t m) { llama_memory_seq_add(m, 0, 0, -1, 30); } },
-        { "arrives", N_TOKENS - 7,  [](llama_memory_t m) { llama_memory_seq_rm(m, 0, 0, 7); llama_memory_seq_add(m, 0, 7, -1, -7); } },
-        { "returns", N_TOKENS,      [](llama_memory_t m) { llama_memory_seq_add(m, 0, 0, -1, 30); llama_memory_seq_add(m, 0, 30, -1, -30); } },
+    const auto leave  = [](llama_memory_t m) { llama_memory_seq_add(m, 0, 0, -1, 30); };
+    const auto arrive = [](llama_memory_t m) { llama_memory_seq_rm(m, 0, 0, 7); llama_memory_seq_add(m, 0, 7, -1, -7); };
+    const auto come   = [](llama_memory_t m) { llama_memory_seq_add(m, 0, 30, -1, -30); };
+    const auto halve  = [](llama_memory_t m) { llama_memory_seq_div(m, 0, 0, -1, 2); };
+    const struct { const char * name; llama_pos end; std::vector<std::function<void(llama_memory_t)>> moves; } cases[] = {
+        { "still",   N_TOKENS,      { [](llama_memory_t) {} } },
+        { "leaves",  N_TOKENS + 30, { leave } },
+        { "arrives", N_TOKENS - 7,  { arrive } },
+        { "returns", N_TOKENS,      { leave, come } },
+        { "halves",  N_TOKENS/2,    { halve } },
     };
     for (const auto & c : cases) {
-        const auto want = distributions(model, GGML_TYPE_F16, c.end, c.move);
-        const auto got  = distributions(model, type_k,        c.end, c.move);
+        const auto want = distributions(model, GGML_TYPE_F16, c.end, c.moves);
+        const auto got  = distributions(model, type_k,        c.end, c.moves);
         double kl = 0.0;
         for (size_t k = 0; k < want.size(); ++k) {
             for (size_t i = 0; i < want[k].size(); ++i) {

@@ -24,6 +24,7 @@ struct ggml_tq_center {
         if (pos) {
             const ggml_tensor * table = op->src[first + 2];
             GGML_ASSERT(pos->type == GGML_TYPE_I32 && centers->type == GGML_TYPE_F32 && table->type == GGML_TYPE_F32);
+            GGML_ASSERT(centers->ne[2] == 4);
             center = { (int32_t) centers->ne[0], table->op_params[1], table->op_params[0], (const float *) table->data };
         }
     }

@@ -134,7 +134,8 @@ std::string llama_tq_center_describe(const llama_model & model) {
     }
     switch (kind_of(model)) {
         case LLAMA_TQ_CENTER_NONE: return "not centered (the file says so)";
-        case LLAMA_TQ_CENTER_MEAN: return "centered and scaled by the calibration in the file";
+        case LLAMA_TQ_CENTER_MEAN:
+            return std::string("centered and scaled by the calibration in the file") + (model.tq->firsts.empty() ? "" : ", position 0 apart");
         case LLAMA_TQ_CENTER_BIAS: break;
     }
     return has_key_bias(model) ? "centered by the biases of the key projections"

@@ -194,7 +194,8 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
     built_in = " (the built-in ones)" if params.hash == DEFAULT.hash else ""
     console.print(f"{model}: parameters {params.hash:016x}{built_in}, format version {FORMAT_VERSION}")
     console.print(f"rotation seed {params.rotation_seed:#018x}, sketch seed {params.sketch_seed:#018x}")
-    console.print(f"keys are centered by: {centers.kind}")
+    apart = "" if centers.first is None else ", position 0 apart"
+    console.print(f"keys are centered by: {centers.kind}{apart}")
     for key, text in metadata.provenance_of(header).items():
         console.print(f"{key}: {text}", markup=False)
     table = Table("type", "kappa", "centroids")
