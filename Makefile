@@ -59,7 +59,7 @@ eval: build
 	for m in SmolLM2-135M-Instruct.Q4_1 gemma-3-270m-q4_k_m qwen2.5-coder-0.5b-instruct-q4_k_m qwen2.5-coder-1.5b-instruct-q4_k_m; do \
 	    test -f models/$$m-tq.gguf || $(BIN)/ggml-tq calibrate -m models/$$m.gguf -f models/c4.txt -o models/$$m-tq.gguf || exit 1; done
 	$(BIN)/ggml-tq eval --matrix --no-keep-base
-	$(BIN)/ggml-tq report --readme README.md
+	$(BIN)/ggml-tq report --readme README.md --study docs/results/study-smollm2.json --study docs/results/study-qwen05.json
 
 sanitize: $(VENV)/.done fetch
 	$(MAKE) build BUILD=build-sanitize CMAKE_ARGS="-DGGML_TQ_SANITIZE=address,undefined -DGGML_OPENMP=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGGML_TQ_PROGRAMS=llama-completion"

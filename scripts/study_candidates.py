@@ -24,7 +24,7 @@ from ggml_tq.calibrate import normalized, pairs
 from ggml_tq.calibrated import Calibrated
 from ggml_tq.candidates import Native, OfHeads, Split, assign, booked, loudest
 from ggml_tq.capture import Capture, Floats, Layer, load_capture
-from ggml_tq.eval.report import replace_file, short_name
+from ggml_tq.eval.report import put_between, replace_file, short_name
 from ggml_tq.params import DEFAULT, Params
 from ggml_tq.quantizers import Recipe
 from ggml_tq.reference.protocol import Quantizer
@@ -408,13 +408,6 @@ def pages(models: Sequence[Tables]) -> dict[str, str]:
     return marks
 
 
-def put(text: str, name: str, content: str) -> str:
-    """``content`` between the marks of that name."""
-    head, begin, rest = text.partition(f"<!-- {name} -->\n")
-    _, end, tail = rest.partition(f"<!-- /{name} -->")
-    return f"{head}{begin}{content}\n{end}{tail}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", metavar="CALIBRATION:TEST:MODEL.gguf")
@@ -426,10 +419,8 @@ def main() -> None:
             for what in measure(text, found, args.jobs):
                 print(what, flush=True)
                 replace_file(RESULTS, json.dumps(found, indent=1) + "\n")
-    text = RECORD.read_text()
     for name, content in pages(json.loads(RESULTS.read_text())).items():
-        text = put(text, name, content)
-    replace_file(RECORD, text)
+        put_between(RECORD, name, content + "\n")
 
 
 if __name__ == "__main__":

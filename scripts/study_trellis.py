@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ggml_tq.capture import load_capture
+from ggml_tq.eval.report import put_between
 from ggml_tq.quantizers import Center, Recipe
 from ggml_tq.reference.trellis import TABLES, table
 from ggml_tq.reference.trellis_training import fit, sphere
@@ -255,13 +256,6 @@ def gaussian() -> str:
     return "\n".join(lines)
 
 
-def _put(text: str, name: str, content: str) -> str:
-    """``content`` between the marks of that name."""
-    head, begin, rest = text.partition(f"<!-- {name} -->\n")
-    _, end, tail = rest.partition(f"<!-- /{name} -->")
-    return f"{head}{begin}{content}\n{end}{tail}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("captures", nargs="*", type=Path, metavar="KV.safetensors")
@@ -286,8 +280,8 @@ def main() -> None:
         RESULTS.write_text(json.dumps(data, indent=1) + "\n")
     data = json.loads(RESULTS.read_text())
     RESULTS.with_suffix(".md").write_text(page(data))
-    text = _put(RECORD.read_text(), "gaussian", gaussian())
-    RECORD.write_text(_put(text, "study", summary(data)))
+    put_between(RECORD, "gaussian", gaussian() + "\n")
+    put_between(RECORD, "study", summary(data) + "\n")
 
 
 if __name__ == "__main__":

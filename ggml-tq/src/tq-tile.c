@@ -11,8 +11,6 @@
 
 #define MAX_NUMBER (127 << 7)
 
-#define INLINE static inline __attribute__((always_inline))
-
 // -DTQ_TILE_PORTABLE: the C of every machine, for tests
 #if !defined(TQ_TILE_PORTABLE) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #define TILE_AVX512
@@ -60,7 +58,7 @@ struct tq_tile_type tq_tile_type_init(const struct tq_params * params, enum tq_t
 // unpacking
 //
 
-INLINE void prefetch(const uint8_t * p, size_t distance) {
+ALWAYS_INLINE void prefetch(const uint8_t * p, size_t distance) {
 #if defined(__GNUC__) || defined(__clang__)
     __builtin_prefetch((const void *) ((uintptr_t) p + distance));
 #else
@@ -69,37 +67,18 @@ INLINE void prefetch(const uint8_t * p, size_t distance) {
 #endif
 }
 
-INLINE uint64_t load_plane(const uint8_t * planes, int p) {
-    uint64_t w = 0;
-    for (int i = 0; i < 8; ++i) {
-        w |= (uint64_t) planes[8*p + i] << 8*i;
-    }
-    return w;
-}
-
-// section 9: bit j is the parity of the register at j and the taps
-INLINE uint64_t label_plane(uint64_t c, int taps) {
-    uint64_t label = 0;
-    for (int i = 0; i < 6; ++i) {
-        if (taps >> i & 1) {
-            label ^= i == 0 ? c : c << i | c >> (N - i);
-        }
-    }
-    return label;
-}
-
 // the planes of a block's indices into the table, from bit 0, and of signs where there are any; returns their number
-INLINE int index_planes(enum tq_kind kind, int bits, const uint8_t * block, uint64_t * w) {
+ALWAYS_INLINE int index_planes(enum tq_kind kind, int bits, const uint8_t * block, uint64_t * w) {
     const uint8_t * planes = block + sizeof(uint16_t);
     const int n = kind == TQ_KIND_MSE ? bits : bits - 1;
     for (int p = 0; p < bits; ++p) {
-        w[p] = load_plane(planes, p);
+        w[p] = tq_load_u64(planes + 8*p);
     }
     if (kind == TQ_KIND_TCQ) {
         static const int taps[5][4] = { [2] = TQ_TRELLIS_TAPS_2B, [3] = TQ_TRELLIS_TAPS_3B, [4] = TQ_TRELLIS_TAPS_4B };
         const uint64_t c = w[n];
         for (int k = 0; k < TQ_TRELLIS_INDEX_BITS - n; ++k) {
-            w[n + k] = label_plane(c, taps[bits][k]);
+            w[n + k] = tq_trellis_label_plane(c, taps[bits][k]);
         }
         return TQ_TRELLIS_INDEX_BITS;
     }
@@ -108,7 +87,7 @@ INLINE int index_planes(enum tq_kind kind, int bits, const uint8_t * block, uint
 
 #if defined(TILE_AVX512)
 
-INLINE void unpack_block(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * block, int8_t (* levels)[N], int8_t (* signs)[N]) {
+ALWAYS_INLINE void unpack_block(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * block, int8_t (* levels)[N], int8_t (* signs)[N]) {
     uint64_t w[8];
     const int n = index_planes(kind, bits, block, w);
     __m512i index = _mm512_setzero_si512();
@@ -124,13 +103,13 @@ INLINE void unpack_block(enum tq_kind kind, int bits, const int8_t * table, cons
 #elif defined(TILE_AVX2)
 
 // bit j of w -> all bits of byte j
-INLINE __m256i expand_bits(uint32_t w) {
+ALWAYS_INLINE __m256i expand_bits(uint32_t w) {
     const __m256i bytes = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
     const __m256i bit   = _mm256_set1_epi64x((long long) 0x8040201008040201ull);
     return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int) w), bytes), bit), bit);
 }
 
-INLINE void unpack_block(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * block, int8_t (* levels)[N], int8_t (* signs)[N]) {
+ALWAYS_INLINE void unpack_block(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * block, int8_t (* levels)[N], int8_t (* signs)[N]) {
     uint64_t w[8];
     const int n = index_planes(kind, bits, block, w);
     const __m256i lo = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) table));
@@ -154,21 +133,15 @@ INLINE void unpack_block(enum tq_kind kind, int bits, const int8_t * table, cons
 
 #else
 
-// bit j of b -> bit 0 of byte j
-INLINE uint64_t expand_bits(uint8_t b) {
-    const uint64_t x = b*0x0101010101010101ull & 0x8040201008040201ull;
-    return (x + 0x7f7f7f7f7f7f7f7full) >> 7 & 0x0101010101010101ull;
-}
-
-INLINE void unpack_block(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * block, int8_t (* levels)[N], int8_t (* signs)[N]) {
+ALWAYS_INLINE void unpack_block(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * block, int8_t (* levels)[N], int8_t (* signs)[N]) {
     uint64_t w[8];
     const int n = index_planes(kind, bits, block, w);
     for (int i = 0; i < N; i += 8) {
         uint64_t index = 0; // of 8 coordinates, a byte each
         for (int p = 0; p < n; ++p) {
-            index |= expand_bits((uint8_t) (w[p] >> i)) << p;
+            index |= tq_spread_bits((uint8_t) (w[p] >> i)) << p;
         }
-        const uint64_t set = kind == TQ_KIND_QJL ? expand_bits((uint8_t) (w[bits - 1] >> i)) : 0;
+        const uint64_t set = kind == TQ_KIND_QJL ? tq_spread_bits((uint8_t) (w[bits - 1] >> i)) : 0;
         for (int j = 0; j < 8; ++j) {
             levels[0][i + j] = table[index >> 8*j & 0xff];
             if (kind == TQ_KIND_QJL) {
@@ -180,7 +153,7 @@ INLINE void unpack_block(enum tq_kind kind, int bits, const int8_t * table, cons
 
 #endif
 
-INLINE void unpack_rows(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * block, size_t stride, int n_rows, int8_t (* rows)[N][N]) {
+ALWAYS_INLINE void unpack_rows(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * block, size_t stride, int n_rows, int8_t (* rows)[N][N]) {
     for (int r = 0; r < n_rows; ++r, block += stride) {
         prefetch(block, N*stride); // the next tile is likely to be wanted
         unpack_block(kind, bits, table, block, &rows[0][r], &rows[1][r]);
@@ -194,12 +167,12 @@ INLINE void unpack_rows(enum tq_kind kind, int bits, const int8_t * table, const
 #if defined(TILE_AVX512)
 
 // bytes are not signed on this side: level + 128
-INLINE void store(int8_t * dst, __m512i x) {
+ALWAYS_INLINE void store(int8_t * dst, __m512i x) {
     _mm512_storeu_si512(dst, _mm512_xor_si512(x, _mm512_set1_epi8((char) 128)));
 }
 
 // keys: [16 groups of 4 coordinates][64 rows][4]; 16 rows of them here
-INLINE void arrange_keys_16(int8_t (* rows)[N], int8_t * dst) {
+ALWAYS_INLINE void arrange_keys_16(int8_t (* rows)[N], int8_t * dst) {
     __m512i a[16], b[16];
     for (int i = 0; i < 16; ++i) {
         a[i] = _mm512_loadu_si512(rows[i]);
@@ -227,14 +200,14 @@ INLINE void arrange_keys_16(int8_t (* rows)[N], int8_t * dst) {
     }
 }
 
-INLINE void arrange_keys(int8_t (* rows)[N], int8_t * dst) {
+ALWAYS_INLINE void arrange_keys(int8_t (* rows)[N], int8_t * dst) {
     for (int r = 0; r < N; r += 16) {
         arrange_keys_16(rows + r, dst + r*4);
     }
 }
 
 // values: [16 groups of 4 rows][64 coordinates in the order of tq_tile_coordinate()][4]
-INLINE void arrange_values(int8_t (* rows)[N], int8_t * dst) {
+ALWAYS_INLINE void arrange_values(int8_t (* rows)[N], int8_t * dst) {
     for (int r = 0; r < N; r += 4, dst += 4*N) {
         const __m512i a = _mm512_loadu_si512(rows[r]);
         const __m512i b = _mm512_loadu_si512(rows[r + 1]);
@@ -251,14 +224,10 @@ INLINE void arrange_values(int8_t (* rows)[N], int8_t * dst) {
     }
 }
 
-int tq_tile_coordinate(int i) {
-    return i%16/4*16 + i/16*4 + i%4;
-}
-
 #elif defined(TILE_AVX2)
 
 // keys: [32 pairs of coordinates][64 rows][2]
-INLINE void arrange_keys(int8_t (* rows)[N], int8_t * dst) {
+ALWAYS_INLINE void arrange_keys(int8_t (* rows)[N], int8_t * dst) {
     for (int r = 0; r < N; r += 8) {
         for (int h = 0; h < 2; ++h) { // transposition of words, 8 rows by 8 in each lane
             __m256i a[8], b[8];
@@ -288,7 +257,7 @@ INLINE void arrange_keys(int8_t (* rows)[N], int8_t * dst) {
 }
 
 // values: [32 pairs of rows][64 coordinates][2]
-INLINE void arrange_values(int8_t (* rows)[N], int8_t * dst) {
+ALWAYS_INLINE void arrange_values(int8_t (* rows)[N], int8_t * dst) {
     for (int r = 0; r < N; r += 2) {
         for (int h = 0; h < 2; ++h, dst += N) {
             const __m256i a  = _mm256_loadu_si256((const __m256i *) rows[r]     + h);
@@ -301,13 +270,9 @@ INLINE void arrange_values(int8_t (* rows)[N], int8_t * dst) {
     }
 }
 
-int tq_tile_coordinate(int i) {
-    return i;
-}
-
 #else
 
-INLINE void arrange_keys(int8_t (* rows)[N], int8_t * dst) {
+ALWAYS_INLINE void arrange_keys(int8_t (* rows)[N], int8_t * dst) {
     for (int i = 0; i < N; ++i) {
         for (int r = 0; r < N; ++r) {
             dst[i*N + r] = rows[r][i];
@@ -315,15 +280,19 @@ INLINE void arrange_keys(int8_t (* rows)[N], int8_t * dst) {
     }
 }
 
-INLINE void arrange_values(int8_t (* rows)[N], int8_t * dst) {
+ALWAYS_INLINE void arrange_values(int8_t (* rows)[N], int8_t * dst) {
     memcpy(dst, rows, TQ_TILE_SIZE);
 }
 
-int tq_tile_coordinate(int i) {
-    return i;
-}
-
 #endif
+
+int tq_tile_coordinate(int i) {
+#if defined(TILE_AVX512)
+    return i%16/4*16 + i/16*4 + i%4;
+#else
+    return i;
+#endif
+}
 
 void tq_tile_unpack(const struct tq_tile_type * tile, bool values, const void * first, size_t stride, int n_rows, int8_t (* dst)[TQ_TILE_SIZE]) {
     int8_t rows[2][N][N];
@@ -414,7 +383,7 @@ float tq_tile_number_scale(float max) {
 
 #if defined(TILE_AVX512)
 
-INLINE void multiply(int n, const int8_t * bytes, const struct tq_tile_numbers * numbers, int32_t * sums, size_t step) {
+ALWAYS_INLINE void multiply(int n, const int8_t * bytes, const struct tq_tile_numbers * numbers, int32_t * sums, size_t step) {
     __m512i hi[4][4];
     __m512i lo[4][4];
     for (int r = 0; r < n; ++r) {
@@ -460,7 +429,7 @@ void tq_tile_multiply(const int8_t * bytes, const struct tq_tile_numbers * numbe
 #elif defined(TILE_AVX2)
 
 // n rows, n_vec registers of sums a row at a time
-INLINE void multiply(int n, int n_vec, const int8_t * bytes, const struct tq_tile_numbers * numbers, int32_t * sums, size_t step) {
+ALWAYS_INLINE void multiply(int n, int n_vec, const int8_t * bytes, const struct tq_tile_numbers * numbers, int32_t * sums, size_t step) {
     for (int lane = 0; lane < N; lane += 8*n_vec) {
         __m256i s[8][8];
         for (int r = 0; r < n; ++r) {

@@ -11,13 +11,6 @@
 #define MULTIPLES 5
 #define LANES     8 // searches side by side, one a block and multiple: more would idle in short rows
 
-// for functions that are fast where the number of bits is a constant
-#ifdef _MSC_VER
-#define ALWAYS_INLINE static __forceinline
-#else
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-#endif
-
 struct code {
     float table[32];
     int   taps[4]; // of bit i of the label, 0 beyond the last
@@ -43,13 +36,7 @@ void tq_trellis_index_planes(int bits, const uint8_t * planes, uint8_t * index) 
 
     const uint64_t c = tq_load_u64(planes + (bits - 1)*8);
     for (int k = 0; k < code->n_label_bits; ++k, index += 8) {
-        uint64_t label = 0;
-        for (int i = 0; i < 6; ++i) {
-            if (code->taps[k] >> i & 1) {
-                label ^= i == 0 ? c : c << i | c >> (N - i); // bit j is c[j - i]
-            }
-        }
-        tq_store_u64(index, label);
+        tq_store_u64(index, tq_trellis_label_plane(c, code->taps[k]));
     }
 }
 

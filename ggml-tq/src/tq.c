@@ -215,27 +215,7 @@ float tq_half_to_float(uint16_t h) {
 // bit planes: 8 coordinates a byte in memory, one coordinate a byte in registers (plain words, no SIMD needed)
 //
 
-uint64_t tq_load_u64(const uint8_t * p) {
-    uint64_t w = 0;
-    for (int i = 0; i < 8; ++i) {
-        w |= (uint64_t) p[i] << 8*i;
-    }
-    return w;
-}
-
-void tq_store_u64(uint8_t * p, uint64_t w) {
-    for (int i = 0; i < 8; ++i) {
-        p[i] = (uint8_t) (w >> 8*i);
-    }
-}
-
-// bit i of b to byte i
-static uint64_t spread_bits(uint8_t b) {
-    const uint64_t x = (b*0x0101010101010101ull) & 0x8040201008040201ull;
-    return ((x + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull;
-}
-
-// and back: bit 0 of byte i to bit i
+// tq_spread_bits() back: bit 0 of byte i to bit i
 static uint8_t gather_bits(uint64_t x) {
     return (uint8_t) (((x & 0x0101010101010101ull)*0x0102040810204080ull) >> 56);
 }
@@ -245,7 +225,7 @@ static void unpack(const uint8_t * planes, int n_planes, uint8_t * codes) {
     for (int j = 0; j < N/8; ++j) {
         uint64_t w = 0;
         for (int p = 0; p < n_planes; ++p) {
-            w |= spread_bits(planes[8*p + j]) << p;
+            w |= tq_spread_bits(planes[8*p + j]) << p;
         }
         tq_store_u64(codes + 8*j, w);
     }
@@ -316,32 +296,27 @@ float tq_block_dot(const float * a, const float * b) {
     return t[0];
 }
 
-void tq_rotate(const struct tq_params * params, const float * x, float * y, int64_t n) {
-    memmove(y, x, (size_t) n*sizeof(float));
+static void transform(const float * from, float * to, int64_t n, const float * signs, void (* of_block)(float *, const float *)) {
+    memmove(to, from, (size_t) n*sizeof(float));
     for (int64_t i = 0; i < n; i += N) {
-        rht(y + i, params->rotation_signs);
+        of_block(to + i, signs);
     }
+}
+
+void tq_rotate(const struct tq_params * params, const float * x, float * y, int64_t n) {
+    transform(x, y, n, params->rotation_signs, rht);
 }
 
 void tq_unrotate(const struct tq_params * params, const float * y, float * x, int64_t n) {
-    memmove(x, y, (size_t) n*sizeof(float));
-    for (int64_t i = 0; i < n; i += N) {
-        rht_inverse(x + i, params->rotation_signs);
-    }
+    transform(y, x, n, params->rotation_signs, rht_inverse);
 }
 
 void tq_sketch(const struct tq_params * params, const float * x, float * y, int64_t n) {
-    memmove(y, x, (size_t) n*sizeof(float));
-    for (int64_t i = 0; i < n; i += N) {
-        rht(y + i, params->sketch_signs);
-    }
+    transform(x, y, n, params->sketch_signs, rht);
 }
 
 void tq_unsketch(const struct tq_params * params, const float * y, float * x, int64_t n) {
-    memmove(x, y, (size_t) n*sizeof(float));
-    for (int64_t i = 0; i < n; i += N) {
-        rht_inverse(x + i, params->sketch_signs);
-    }
+    transform(y, x, n, params->sketch_signs, rht_inverse);
 }
 
 //
@@ -535,9 +510,7 @@ void tq_decode_rotated(const struct tq_params * params, enum tq_type type, const
 
 void tq_decode(const struct tq_params * params, enum tq_type type, const void * src, float * x, int64_t n) {
     tq_decode_rotated(params, type, src, x, n);
-    for (int64_t i = 0; i < n; i += N) {
-        rht_inverse(x + i, params->rotation_signs);
-    }
+    tq_unrotate(params, x, x, n);
 }
 
 bool tq_validate(enum tq_type type, const void * src, int64_t n) {

@@ -34,7 +34,7 @@ MAX_BLOCKS = 1 << 16  # for each of keys and values: 4 million coordinates
 CHUNK = 1024  # tokens that a model reads at a time
 BEGINNINGS = 64  # whose keys at position 0 are looked at
 FEWEST = 16  # beginnings that a median is taken of
-BEGINNING = 16  # tokens of each, of which the runtime's batch is made
+BEGINNING = 16  # tokens of each; the first is what counts
 WORTH = 0.8  # the part of the error's power that scales must leave at most, to be used
 FLOOR = 1e-6  # of a head's largest power: what counts for a coordinate with less
 CHARACTERS = 32  # of the text for each token, at most: more than any tokenizer's mean
@@ -243,9 +243,8 @@ def _add_beginnings(sums: dict[int, KeySums], kv: Capture) -> None:
     if counts.sum() < FEWEST:
         return
     for index, of_layer in sums.items():
-        k = np.stack([kv.k_pre(index, head)[counts] for head in range(of_layer.key.shape[0])], axis=1).astype(
-            np.float64
-        )
+        heads = [kv.k_pre(index, head)[counts] for head in range(len(of_layer.key))]
+        k = np.stack(heads, axis=1, dtype=np.float64)
         if not np.isfinite(k).all():
             raise CalibrationError(f"layer {index} has keys that are not finite")
         # not the mean: a few tokens make no sink where they are the first, and have a key of another kind
@@ -300,7 +299,8 @@ def mean_centers(header: Header, sums: Mapping[int, KeySums]) -> Centers:
         parts = [values(sums[i]).ravel() if i in sums else np.full(shape.size, default) for i, shape in shapes]
         return np.concatenate(parts).astype(np.float32)
 
-    first = of_layers(lambda of_layer: of_layer.mean if of_layer.first is None else of_layer.first, 0)
+    firsts = {i: s.first for i, s in sums.items() if s.first is not None}
+    first = of_layers(lambda s: firsts[s.layer.index], 0) if firsts else None
     return Centers("mean", of_layers(lambda s: s.mean, 0), of_layers(lambda s: s.scale, 1), first)
 
 

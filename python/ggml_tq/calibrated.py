@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,8 +48,13 @@ class Calibrated:
         freqs, magnitude = layer.rope.frequencies()
         gain = np.ones_like(m)
         gain[: layer.rope.n_dims] = magnitude
-        turn = Turn(make_table(freqs), bool(layer.rope.mode & ROPE_NEOX))
+        turn = Turn(_table(tuple(freqs.tolist())), bool(layer.rope.mode & ROPE_NEOX))
         return turn.apply(m * gain, positions, self.first[layer.index][head] * gain), scale
+
+
+@functools.lru_cache(maxsize=4)  # layers and heads share a few
+def _table(freqs: tuple[float, ...]) -> Floats:
+    return make_table(freqs)
 
 
 def load(path: Path) -> Calibrated:

@@ -5,8 +5,8 @@ evaluate.py quality   --bin DIR --text FILE --types f16,q4_0,tq3_tcq -o OUT.json
 evaluate.py retrieval --bin DIR --text FILE --types f16,q4_0,tq3_tcq -o OUT.jsonl MODEL...
 evaluate.py bench     --bin DIR             --types f16,q4_0,tq3_tcq -o OUT.jsonl MODEL...
 
-From the standard library; tables and plots are made of the records elsewhere. A run that fails is named, and the others
-go on.
+From the standard library; tables and plots are made of the records elsewhere. retrieval wants llama-server, which
+build.sh builds when it is named. A run that fails is named, and the others go on.
 """
 
 from __future__ import annotations

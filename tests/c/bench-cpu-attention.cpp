@@ -8,6 +8,7 @@
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
 #include "ggml-tq-ops.h"
+#include "../type-of.h"
 
 #include <algorithm>
 #include <chrono>
@@ -27,17 +28,6 @@ struct options {
     int  n_rounds  = 7;
     bool center    = false;
 };
-
-static ggml_type type_of(const std::string & name) {
-    for (int t = 0; t < GGML_TYPE_COUNT; ++t) {
-        const char * s = ggml_type_name((ggml_type) t);
-        if (s && name == s) {
-            return (ggml_type) t;
-        }
-    }
-    fprintf(stderr, "unknown type %s\n", name.c_str());
-    exit(1);
-}
 
 struct subject {
     std::string          name;

@@ -5,22 +5,13 @@
 
 #include "llama.h"
 
+#include "../type-of.h"
+
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <functional>
 #include <random>
 #include <vector>
-
-static ggml_type type_of(const char * name) {
-    for (int t = 0; t < GGML_TYPE_COUNT; ++t) {
-        const char * known = ggml_type_name((ggml_type) t);
-        if (known && strcmp(known, name) == 0) {
-            return (ggml_type) t;
-        }
-    }
-    return GGML_TYPE_COUNT;
-}
 
 static const int32_t N_TOKENS = 40;
 static const int32_t N_ASKED  = 24;
@@ -85,11 +76,11 @@ static std::vector<std::vector<double>> distributions(llama_model * model, ggml_
 }
 
 int main(int argc, char ** argv) {
-    const ggml_type type_k = argc == 3 ? type_of(argv[2]) : GGML_TYPE_COUNT;
-    if (type_k == GGML_TYPE_COUNT) {
+    if (argc != 3) {
         fprintf(stderr, "usage: %s MODEL TYPE_K\n", argv[0]);
         return 1;
     }
+    const ggml_type type_k = type_of(argv[2]);
     llama_backend_init();
     llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
     if (!model) {

@@ -9,6 +9,7 @@
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml-tq-names.h"
+#include "../type-of.h"
 
 #include <algorithm>
 #include <chrono>
@@ -45,17 +46,6 @@ static std::vector<int64_t> numbers(const std::string & s) {
         v.push_back(atoll(part.c_str()));
     }
     return v;
-}
-
-static ggml_type type_of(const std::string & name) {
-    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
-        const char * n = ggml_type_name((ggml_type) i);
-        if (n && name == n) {
-            return (ggml_type) i;
-        }
-    }
-    fprintf(stderr, "no type %s\n", name.c_str());
-    exit(1);
 }
 
 // median seconds of the graph

@@ -262,6 +262,21 @@ def test_a_model(fork: Fork, random_model: RandomModel, text: Path, tmp_path: Pa
     assert metadata.provenance_of(read_header(again))["codebooks"] == "sphere"
 
 
+def test_few_beginnings(fork: Fork, random_model: RandomModel, tmp_path: Path) -> None:
+    """They give position 0 no center of its own, and that is said; what the file brings is what programs say of it."""
+    short, out = tmp_path / "short.txt", tmp_path / "out.gguf"
+    short.write_text("Once upon a time there was a town by the sea. " * 8)
+    printed = run("-m", random_model(Llama(64)), "-o", out, "-f", short, "--tokens", 100, "--bin", fork.bin_dir)
+    assert "too short for a center of position 0's keys" in printed
+    found = metadata.read(out)[1]
+    assert found is not None
+    assert found.centers.key is not None
+    assert found.centers.first is None
+    err = fork.complete(out, n=1, cache=("tq3_tcq", "f16")).err
+    assert "centered and scaled by the calibration in the file" in err
+    assert "position 0 apart" not in err
+
+
 def powers(kv: Capture, layer: Layer, head: int) -> tuple[Doubles, Doubles]:
     """Squares of the queries that read a key head, and of its centered keys by p(1 - p), (dim,) each."""
     n, every = len(kv.tokens), kv.k_pre(layer.index, head).astype(np.float64)

@@ -134,6 +134,6 @@ def calibrate(
         return
     Console().print(_table(rows))
     of = f"{len(sums)} of {len(key_shapes(header.entries))} layers"
-    if not all(s.first is not None for s in sums.values()):
+    if centers.first is None:
         typer.echo(f"{text}: too short for a center of position 0's keys, which is that of the others", err=True)
     typer.echo(f"{output or model}: centers {centers.hash:016x}, means over {counted} tokens, {of}")

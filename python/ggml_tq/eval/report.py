@@ -338,12 +338,12 @@ def replace_file(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def update_readme(file: Path, text: str) -> None:
-    """Put `text` between the file's ``<!-- quality -->`` and ``<!-- /quality -->`` lines."""
-    marked = re.compile(r"(<!-- quality -->\n).*?(<!-- /quality -->)", re.DOTALL)
+def put_between(file: Path, name: str, text: str) -> None:
+    """Put `text` between the file's ``<!-- name -->`` and ``<!-- /name -->`` lines."""
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     old = file.read_text()
     if not marked.search(old):
-        raise EvalError(f"{file} has no <!-- quality --> … <!-- /quality --> lines")
+        raise EvalError(f"{file} has no <!-- {name} --> … <!-- /{name} --> lines")
     replace_file(file, marked.sub(lambda m: m[1] + text + m[2], old))
 
 
@@ -388,4 +388,6 @@ def write(
         parts.append("## Retrieval\n\n" + "".join(f"![{p.stem}]({p.name})\n" for p in pictures))
     replace_file(output, "\n".join(parts))
     if readme:
-        update_readme(readme, f"{short}\nAll figures: [{output.name}]({os.path.relpath(output, readme.parent)}).\n")
+        put_between(
+            readme, "quality", f"{short}\nAll figures: [{output.name}]({os.path.relpath(output, readme.parent)}).\n"
+        )
