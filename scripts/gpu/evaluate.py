@@ -21,10 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "python")
 from ggml_tq.eval import bench, haystack, matrix, perplexity, retrieval, runs
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted({int(n) for n in text.split(",")}))
-
-
 def quality(args: argparse.Namespace, model: Path, pair: runs.Pair) -> str:
     program = perplexity.Program(args.bin)
     bases = perplexity.BaseCache(args.scratch, lambda text: print(text, flush=True))
@@ -45,7 +41,7 @@ def needles(args: argparse.Namespace, model: Path, pair: runs.Pair) -> str:
         text=args.text,
         pairs=(pair,),
         tasks=haystack.TASKS,
-        lengths=numbers(args.lengths),
+        lengths=runs.whole_numbers(args.lengths, "lengths", least=1),
         depths=(0, 0.25, 0.5, 0.75, 1),
         trials=args.trials,
         seed=0,
@@ -63,7 +59,7 @@ def speed(args: argparse.Namespace, model: Path) -> str:
     plan = bench.Plan(
         model=model,
         pairs=tuple(map(runs.Pair.parse, args.types.split(","))),
-        depths=numbers(args.depths),
+        depths=runs.whole_numbers(args.depths, "depths"),
         prompt=args.prompt,
         generate=args.generate,
         repetitions=args.repetitions,

@@ -354,6 +354,19 @@ def test_contradicting_results_are_refused(record: Record) -> None:
         report.groups([record, other])
 
 
+def test_each_table_has_its_own_plot(record: Record, tmp_path: Path) -> None:
+    pairs = [runs.Pair("q8_0", "q8_0"), runs.Pair("tq3", "tq3")]
+    records = [
+        dataclasses.replace(record, settings=dataclasses.replace(record.settings, chunks=chunks), pair=pair)
+        for chunks in (3, 4)
+        for pair in pairs
+    ]
+    report.write(records, tmp_path / "quality.md", [])
+    plots = {p.name for p in tmp_path.glob("*.svg")}
+    assert len(plots) == 2
+    assert all((tmp_path / "quality.md").read_text().count(f"]({plot})") == 1 for plot in plots)
+
+
 def test_report(bench: Bench, tmp_path: Path) -> None:
     bench.run("f16,q8_0,q4_0,tq3,q8_0/tq3", "--path", "batched", "--path", "decode")
     bench.run("f16,q8_0,q4_0,tq3,q8_0/tq3", "--chunks", 1, "-c", 512)

@@ -17,17 +17,10 @@ from ggml_tq.cli.eval import default_bin_dir, stop
 from ggml_tq.eval import bench, bench_report
 from ggml_tq.eval.bench import Plan, Round, Session
 from ggml_tq.eval.report import short_name
-from ggml_tq.eval.runs import EvalError, Pair
+from ggml_tq.eval.runs import EvalError, Pair, whole_numbers
 
 FOLDER = Path("docs/results")
 TYPES = "f16,q8_0,q4_0,tq4,tq3,tq2"
-
-
-def _numbers(text: str, what: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(n) for n in text.split(",")}))
-    except ValueError as e:
-        raise EvalError(f"'{text}' are no {what}: want whole numbers separated by commas") from e
 
 
 @app.command("bench")
@@ -77,10 +70,10 @@ def measure(
         plan = Plan(
             model=model or data.data_dir() / data.ASSETS["smollm2"].file,
             pairs=tuple(map(Pair.parse, types.split(","))),
-            depths=_numbers(depths, "depths"),
+            depths=whole_numbers(depths, "depths"),
             prompt=prompt,
             generate=generate,
-            parallel=_numbers(parallel, "numbers of sequences") if parallel else (),
+            parallel=whole_numbers(parallel, "numbers of sequences") if parallel else (),
             repetitions=repetitions,
             threads=threads,
             flags=tuple(flags.split()),

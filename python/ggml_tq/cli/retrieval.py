@@ -18,24 +18,17 @@ from ggml_tq.eval import retrieval, retrieval_report, runs
 from ggml_tq.eval.haystack import TASKS, Task
 from ggml_tq.eval.perplexity import Program
 from ggml_tq.eval.retrieval import Plan, Record, Session
-from ggml_tq.eval.runs import EvalError, Pair
+from ggml_tq.eval.runs import EvalError, Pair, whole_numbers
 
 RESULTS = Path("docs/results/retrieval.jsonl")
 TYPES = "f16,q8_0,q4_0,tq4,tq4_mse,tq3,tq3_mse,tq2_mse"
 
 
-def _numbers(text: str, what: str) -> tuple[float, ...]:
+def _depths(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(n) for n in text.split(","))
+        return tuple(sorted(float(n) for n in text.split(",")))
     except ValueError as e:
-        raise EvalError(f"'{text}' are no {what}: want numbers separated by commas") from e
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    lengths = _numbers(text, "lengths")
-    if not all(n == int(n) and n > 0 for n in lengths):
-        raise EvalError(f"'{text}' are no lengths: want numbers of tokens")
-    return tuple(sorted({int(n) for n in lengths}))
+        raise EvalError(f"'{text}' are no depths: want numbers separated by commas") from e
 
 
 def _tasks(text: str) -> tuple[Task, ...]:
@@ -100,8 +93,8 @@ def retrieve(
                 text=text or data.data_dir() / data.ASSETS["wiki"].file,
                 pairs=tuple(dict.fromkeys([f16, *map(Pair.parse, types.split(","))])),
                 tasks=_tasks(tasks),
-                lengths=_lengths(lengths),
-                depths=tuple(sorted(_numbers(depths, "depths"))),
+                lengths=whole_numbers(lengths, "lengths", least=1),
+                depths=_depths(depths),
                 trials=trials,
                 seed=seed,
                 digits=digits,

@@ -249,7 +249,7 @@ def plot_context(model_groups: Sequence[Group], path: Path) -> bool:
         for r in group:
             if r.path == "batched" and r.cache.bits < 16 and (r.value("kld") or 0) > 0:
                 lines[" / ".join(r.names)].append(r)
-    lines = {name: rs for name, rs in lines.items() if len(rs) > 1}
+    lines = {name: rs for name, rs in lines.items() if len({r.settings.context for r in rs}) > 1}
     if not lines:
         return False
     figure = Figure(figsize=(8, 5))
@@ -373,10 +373,15 @@ def write(
         by_model[group[0].settings.model_sha256].append(group)
     for model_groups in by_model.values():
         name = short_name(model_groups[0][0].settings.model)
+        taken: set[Path] = set()
         for group in model_groups:
             parts.append(_table(group))
-            plot = output.with_name(f"{output.stem}-{name}-{group[0].settings.context}.svg")
+            s = group[0].settings
+            plot = output.with_name(f"{output.stem}-{name}-{s.context}.svg")
+            if plot in taken:
+                plot = plot.with_name(f"{plot.stem}-{Path(s.text).stem}-{s.chunks}.svg")
             if plot_pareto(group, plot):
+                taken.add(plot)
                 parts.append(f"![bits a value and mean KLD]({plot.name})\n")
         plot = output.with_name(f"{output.stem}-{name}-context.svg")
         if plot_context(model_groups, plot):

@@ -88,6 +88,17 @@ class Pair:
         return self.k if self.k == self.v else f"{self.k}/{self.v}"
 
 
+def whole_numbers(text: str, what: str, least: int = 0) -> tuple[int, ...]:
+    """``512,1024``, in order and each once. Raises EvalError for anything else, or a number below `least`."""
+    try:
+        numbers = sorted({int(n) for n in text.split(",")})
+    except ValueError as e:
+        raise EvalError(f"'{text}' are no {what}: want whole numbers separated by commas") from e
+    if numbers[0] < least:
+        raise EvalError(f"'{text}' are no {what}: want {least} or more")
+    return tuple(numbers)
+
+
 @dataclass(frozen=True)
 class Identity:
     """Base of settings: what results must share to be comparable."""
