@@ -47,7 +47,7 @@ bool ggml_tq_cuda_attention_supported(int device, const ggml_tensor * dst) {
         return false;
     }
     const tq_attention_kernel kernel = find(k->type, v->type, (int) k->ne[0], (int) n_rows);
-    const size_t shared_bytes = kernel.shared_bytes + (dst->src[5] ? kernel.center_bytes : 0) + 256; // 256: the table's levels
+    const size_t shared_bytes = kernel.shared_bytes + (dst->src[5] ? kernel.center_bytes : 0) + 256; // 256: what is not of the dynamic kind
     return kernel.launch && shared_bytes <= ggml_cuda_info().devices[device].smpbo && ggml_tq_cuda_center_supported(dst, k, 5);
 }
 
@@ -142,6 +142,15 @@ void ggml_tq_cuda_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
     a.n_splits = split.n_splits;
     a.n_warps  = split.n_warps;
     a.n_iter   = split.n_iter;
+    a.n_turn   = a.center.pos ? 4 : 1;
+    a.n_stride = 64*a.n_warps*kernel.n_halves;
+#ifdef TQ_EXPERIMENT
+    static const int turn = getenv("TQ_TURN") ? atoi(getenv("TQ_TURN")) : 0;
+    if (turn) {
+        a.n_turn   = turn;
+        a.n_stride = turn == 4 ? 64*a.n_warps*kernel.n_halves : 64;
+    }
+#endif
 
     const int64_t n_out = (int64_t) a.n_head*a.n_q*a.n_stream;
     ggml_cuda_pool_alloc<float>  part_o (ctx.pool(), n_out*a.n_splits*d);

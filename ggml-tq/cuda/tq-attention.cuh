@@ -30,7 +30,9 @@ struct tq_attention_args {
     uint3 group_div;         // heads of a key head, and
     uint3 head_kv_div;       // key heads, as divisors (fastdiv)
     int   n_splits;
-    int   n_warps, n_iter;   // warps of a block that have cells; tiles of each half of a warp
+    int   n_warps, n_iter;   // warps of a block that have cells; tiles of each half of a warp,
+    int   n_turn;            // so many of them adjacent: a power of two, at least 4 (a span) for centered keys
+    int   n_stride;          // positions from one span of a half to the next, mostly
     float  * part_o;         // [D, n_splits, n_head, n_q, n_stream]
     float2 * part_ml;        // [n_splits, n_head, n_q, n_stream]: greatest score (base 2), sum of weights
     int    * n_done;         // [blocks of the grid with one split]: zeros, and zeros again after the kernel
@@ -296,7 +298,7 @@ template <typename cfg> struct tq_center_shared {
     __device__ float2 * at() const {
         return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::turned_bytes + cfg::n_cols*4) + threadIdx.x/32*cfg::at_bytes) + threadIdx.x%32;
     }
-    // [pair]: cosine and sine of 64 positions
+    // [pair]: cosine and sine of as many positions as it is to a warp's next span
     __device__ float2 * span() const { return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::turned_bytes + cfg::n_cols*4 + cfg::at_bytes)); }
 
     // [row][pair] of (wc, ws), then [row] of what does not turn and [row] of what is the score's part at position 0
@@ -340,7 +342,7 @@ template <typename cfg> struct tq_center_shared {
         }
         if (threadIdx.x < D/2) {
             const int i = threadIdx.x;
-            span()[i] = i < n_pairs ? make_float2(c.table[64*c.n_rot + i], c.table[64*c.n_rot + i + n_pairs]) : make_float2(0.0f, 0.0f);
+            span()[i] = i < n_pairs ? tq_center_turn(c, i, args.n_stride) : make_float2(0.0f, 0.0f);
         }
 #pragma unroll
         for (int i0 = 0; i0 < 4*n_steps*32; i0 += n_threads) {
@@ -399,13 +401,14 @@ template <typename cfg> struct tq_center_shared {
         __syncwarp();
     }
 
-    // what turns weights to the spans whose first cells are at positions p (of the lane's own half); last: those of the spans before, INT_MIN if there is none
+    // what turns weights to the spans whose first cells are at positions p (of the lane's own half); last: those of the spans
+    // before, INT_MIN if there are none
     __device__ void seek(const tq_attention_args & args, int p, int last) const {
         const tq_key_center & c = args.center;
 #pragma unroll
         for (int h = 0; h < cfg::n_halves; ++h) {
             const int  p_h  = __shfl_sync(TQ_WARP, p, 2*h);
-            const bool next = p_h == __shfl_sync(TQ_WARP, last, 2*h) + 64;
+            const bool next = p_h == __shfl_sync(TQ_WARP, last, 2*h) + args.n_stride;
 #pragma unroll
             for (int i = 0; i < D/64; ++i) {
                 const int pair = threadIdx.x % 32 + 32*i;
@@ -623,21 +626,22 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     const char * v_base = args.v + head*args.v_nb[1] + stream*args.v_nb[2];
     const int k_nb  = (int) args.k_nb[0];
     const int v_nb  = (int) args.v_nb[0];
-    const int half_cells = args.n_iter*TQ_TILE;
-    const int first      = (split*args.n_warps + warp)*n_halves*half_cells; // cell of the warp
-    const int own_first  = first + j/2 % n_halves*half_cells;               // of the half whose scores this lane has
-    int n_iter = 0;
-    if (warp < args.n_warps && first < args.n_kv) {
-        n_iter = min(args.n_iter, (args.n_kv - first + TQ_TILE - 1)/TQ_TILE);
-    }
+    // halves of warps take turns, so that what a block reads at a time is close together
+    const int n_units = args.n_warps*n_halves;
+    const auto cell_of = [&](int half, int it) { // the first of a tile
+        const int it0 = it & -args.n_turn;
+        return ((split*args.n_iter + it0)*n_units + (warp*n_halves + half)*min(args.n_turn, args.n_iter - it0) + it - it0)*TQ_TILE;
+    };
+    const int own_half = j/2 % n_halves; // whose scores this lane has
+    const int n_iter   = warp < args.n_warps && cell_of(0, 0) < args.n_kv ? args.n_iter : 0;
     // The first tiles on their way to the device's cache, whatever earlier kernels still have to do: what they write to is
     // coherent there. A head's part of the rows of all heads, without the last row.
-    if (lane < 2*n_halves && n_iter > 0 && first + (lane/2*args.n_iter + 1)*TQ_TILE <= args.n_kv) {
+    if (lane < 2*n_halves && n_iter > 0 && cell_of(lane/2, 0) + TQ_TILE <= args.n_kv) {
         const bool     keys = lane % 2 == 0;
         const int64_t  nb   = keys ? args.k_nb[0] : args.v_nb[0];
         const uint32_t n    = (uint32_t) (TQ_TILE - 1)*nb/args.head_kv_div.z;
         if ((keys ? args.k_nb[1] : args.v_nb[1]) < nb) {
-            tq_prefetch((keys ? args.k + stream*args.k_nb[2] : args.v + stream*args.v_nb[2]) + (first + lane/2*half_cells)*nb + head*n, n);
+            tq_prefetch((keys ? args.k + stream*args.k_nb[2] : args.v + stream*args.v_nb[2]) + cell_of(lane/2, 0)*nb + head*n, n);
         }
     }
 
@@ -664,7 +668,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         if (it < n_iter) {
 #pragma unroll
             for (int h = 0; h < n_halves; ++h) {
-                const int cell = first + h*half_cells + it*TQ_TILE;
+                const int cell = cell_of(h, it);
                 copier.copy(stage0_address + it % cfg::n_stages*cfg::stage_bytes + at + h*TQ_TILE*pitch, (uint32_t) cell*nb, args.n_kv - cell, lane);
             }
         }
@@ -691,7 +695,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
             mask_at[r][e] = place.query*(int) (args.mask_nb1/sizeof(half));
         }
     }
-    const half * mask = args.mask ? (const half *) ((const char *) args.mask + stream % args.mask_ne3*args.mask_nb3) + own_first + g : nullptr;
+    const half * mask = args.mask ? (const half *) ((const char *) args.mask + stream % args.mask_ne3*args.mask_nb3) + g : nullptr;
 
     // queries that this warp rotates
     constexpr int n_turns = (N*n_blocks + n_warps - 1)/n_warps;
@@ -709,11 +713,12 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         }
     }
 
-    const int32_t * pos = args.center.pos + (int64_t) stream*args.n_kv + own_first; // unless keys are not centered
+    const int32_t * pos = args.center.pos + (int64_t) stream*args.n_kv; // unless keys are not centered
     int span_first = 0; // positions of the first cells of the own half's span, and of its next one
     int span_next  = 0;
     if constexpr (centered) {
-        span_first = n_iter > 0 && own_first < args.n_kv ? max(pos[0], 0) : 0;
+        const int cell = cell_of(own_half, 0);
+        span_first = n_iter > 0 && cell < args.n_kv ? max(pos[cell], 0) : 0;
         centers.seek(args, span_first, INT_MIN);
     }
 
@@ -807,12 +812,13 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         const char * stage = stage0 + it % cfg::n_stages*cfg::stage_bytes;
 
         // masks and positions are not looked at before scores are there
+        const int own_cell = cell_of(own_half, it);
         uint16_t mask_of[R8][4];
         int p[2] = { 0, 0 };
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-            const int  at    = it*TQ_TILE + 8*t;
-            const bool valid = own_first + at + g < args.n_kv;
+            const int  at    = own_cell + 8*t;
+            const bool valid = at + g < args.n_kv;
 #pragma unroll
             for (int r = 0; r < R8; ++r) {
 #pragma unroll
@@ -834,7 +840,8 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
                 centers.turn(n_rows_used);
             }
             if (it % 4 == 2 && it + 2 < n_iter) {
-                span_next = own_first + (it + 2)*TQ_TILE < args.n_kv ? pos[(it + 2)*TQ_TILE] : 0;
+                const int cell = cell_of(own_half, it + 2);
+                span_next = cell < args.n_kv ? pos[cell] : 0;
             }
         }
         tq_copy_wait<2*cfg::n_stages - 1>(); // keys
