@@ -40,7 +40,12 @@ bool ggml_tq_cuda_attention_supported(int device, const ggml_tensor * dst) {
             q->ne[3] != k->ne[3] || q->ne[3] != v->ne[3] || q->ne[2] % k->ne[2] != 0 || k->ne[2] != v->ne[2] || q->ne[3] > 65535) {
         return false;
     }
-    if (k->ne[1]*k->nb[1] > UINT32_MAX || v->ne[1]*v->nb[1] > UINT32_MAX || k->nb[1] > INT_MAX/TQ_TILE || v->nb[1] > INT_MAX/TQ_TILE || q->nb[0] != sizeof(float) || !aligned(k) || !aligned(v) || (mask && (mask->ne[2] != 1 || mask->nb[0] != sizeof(half)))) {
+    for (const ggml_tensor * t : { k, v }) {
+        if (!aligned(t) || t->nb[1] > INT_MAX/TQ_TILE || t->ne[1]*t->nb[1] > UINT32_MAX) { // offsets of cells have 32 bits
+            return false;
+        }
+    }
+    if (q->nb[0] != sizeof(float) || (mask && (mask->ne[2] != 1 || mask->nb[0] != sizeof(half)))) {
         return false;
     }
     if (ggml_get_op_params_i32(dst, 4) > 0) { // sparse attention
@@ -71,7 +76,7 @@ static int * counters_of(ggml_backend_cuda_context & ctx, size_t n) {
 }
 
 // How the tiles of one key head are divided: among CUDA blocks, so that all multiprocessors are busy in as few rounds as can be,
-// and in a block among warps. Few tiles are left to few warps of many blocks.
+// and in a block among warps. Few tiles go to few warps of many blocks.
 struct tq_attention_split {
     int n_splits, n_warps, n_iter;
 };
@@ -85,7 +90,7 @@ static tq_attention_split choose_split(int n_units, int n_tiles, const tq_attent
         const int n_warps  = (n_tiles_of_block + n_iter*kernel.n_halves - 1)/(n_iter*kernel.n_halves);
         const int n_splits = (n_tiles + n_iter*n_warps*kernel.n_halves - 1)/(n_iter*n_warps*kernel.n_halves); // none is empty
         const int n_rounds = (n_units*n_splits + n_sm - 1)/n_sm;
-        // in turns of a full block: a warp alone takes a third of that; what a block does besides, and for other blocks' parts
+        // in turns of a full block: a warp alone takes a third of one; what a block does besides takes two
         const double cost = n_rounds*(n_iter*(0.35 + 0.65*n_warps/kernel.n_warps) + 2.0 + 0.02*n_splits);
         if (cost < best_cost) {
             best      = { n_splits, n_warps, n_iter };
@@ -144,13 +149,6 @@ void ggml_tq_cuda_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
     a.n_iter   = split.n_iter;
     a.n_turn   = a.center.pos ? 4 : 1;
     a.n_stride = 64*a.n_warps*kernel.n_halves;
-#ifdef TQ_EXPERIMENT
-    static const int turn = getenv("TQ_TURN") ? atoi(getenv("TQ_TURN")) : 0;
-    if (turn) {
-        a.n_turn   = turn;
-        a.n_stride = turn == 4 ? 64*a.n_warps*kernel.n_halves : 64;
-    }
-#endif
 
     const int64_t n_out = (int64_t) a.n_head*a.n_q*a.n_stream;
     ggml_cuda_pool_alloc<float>  part_o (ctx.pool(), n_out*a.n_splits*d);

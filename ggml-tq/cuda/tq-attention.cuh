@@ -91,8 +91,8 @@ template <int D, int N, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits> 
     static constexpr int at_bytes     = n_halves*D*4;
     static constexpr int center_bytes = weight_bytes + 64*D*2 + n_warps*(turned_bytes + n_cols*4 + at_bytes) + D*4;
     static constexpr int loop_bytes   = table_bytes + q_bytes + n_stages*n_warps*stage_bytes;
-    static constexpr int n_merge      = R8*n_blocks*4*32;                                     // accumulators of a warp, in fours
-    static constexpr int n_sums       = n_merge < 32*n_warps ? 32*n_warps/n_merge : 1;        // of parts of the warps
+    static constexpr int n_merge      = R8*n_blocks*4*32; // accumulators of a warp, in fours
+    static constexpr int n_sums       = n_merge < 32*n_warps ? 32*n_warps/n_merge : 1;
     static constexpr int merge_bytes  = n_warps*n_cols*(D + 1)*4 + n_sums*n_cols*(D + 4)*4;
     static constexpr int shared_bytes = loop_bytes > merge_bytes ? loop_bytes : merge_bytes;
 };
@@ -202,8 +202,9 @@ template <typename row> struct tq_copier {
         dst += lane/n_lanes*row::pitch + lane%n_lanes*16;
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-            const uint32_t at = even ? from[0] + i*n_rows*nb1 : from[even ? 0 : i];
-            tq_copy_16(dst + i*n_rows*row::pitch, base + (uint32_t) (offset + at), i*n_rows + lane/n_lanes < n_cells ? 16 : 0, from[even ? 0 : i] != UINT32_MAX);
+            const uint32_t start = from[even ? 0 : i];
+            const uint32_t at    = offset + start + (even ? i*n_rows*nb1 : 0);
+            tq_copy_16(dst + i*n_rows*row::pitch, base + at, i*n_rows + lane/n_lanes < n_cells ? 16 : 0, start != UINT32_MAX);
         }
     }
 };
@@ -315,7 +316,8 @@ template <typename cfg> struct tq_center_shared {
     static constexpr int n_threads   = 32*cfg::n_warps;
     static constexpr int n_of_thread = (N*D/2 + n_threads - 1)/n_threads;
 
-    // centers of a key head: of the pairs whose weights this thread makes, and of coordinates lane + 32*k that do not turn, and at position 0
+    // centers of a key head: of the pairs whose weights this thread makes; of coordinates lane + 32*k, those that do not turn,
+    // and all at position 0
     struct operands {
         float m[n_of_thread][2];
         float rest[D/32], first[D/32];
@@ -621,12 +623,12 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     if (threadIdx.x < N) {
         merge_top[threadIdx.x] = INT_MIN;
     }
-    // what this warp reads
+
+    // what this warp reads: halves of warps take turns, so that what a block reads at a time is close together
     const char * k_base = args.k + head*args.k_nb[1] + stream*args.k_nb[2];
     const char * v_base = args.v + head*args.v_nb[1] + stream*args.v_nb[2];
     const int k_nb  = (int) args.k_nb[0];
     const int v_nb  = (int) args.v_nb[0];
-    // halves of warps take turns, so that what a block reads at a time is close together
     const int n_units = args.n_warps*n_halves;
     const auto cell_of = [&](int half, int it) { // the first of a tile
         const int it0 = it & -args.n_turn;
@@ -634,8 +636,9 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     };
     const int own_half = j/2 % n_halves; // whose scores this lane has
     const int n_iter   = warp < args.n_warps && cell_of(0, 0) < args.n_kv ? args.n_iter : 0;
-    // The first tiles on their way to the device's cache, whatever earlier kernels still have to do: what they write to is
-    // coherent there. A head's part of the rows of all heads, without the last row.
+
+    // The first tiles on their way to the device's cache, while earlier kernels may still write cells: it is where all meet.
+    // A head's part of the rows of all heads, but for the last row.
     if (lane < 2*n_halves && n_iter > 0 && cell_of(lane/2, 0) + TQ_TILE <= args.n_kv) {
         const bool     keys = lane % 2 == 0;
         const int64_t  nb   = keys ? args.k_nb[0] : args.v_nb[0];
@@ -669,7 +672,8 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
 #pragma unroll
             for (int h = 0; h < n_halves; ++h) {
                 const int cell = cell_of(h, it);
-                copier.copy(stage0_address + it % cfg::n_stages*cfg::stage_bytes + at + h*TQ_TILE*pitch, (uint32_t) cell*nb, args.n_kv - cell, lane);
+                const uint32_t dst = stage0_address + it % cfg::n_stages*cfg::stage_bytes + at + h*TQ_TILE*pitch;
+                copier.copy(dst, (uint32_t) cell*nb, args.n_kv - cell, lane);
             }
         }
         tq_copy_commit();
@@ -722,7 +726,8 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         centers.seek(args, span_first, INT_MIN);
     }
 
-    // So far nothing was read that kernels write: what describes centers are inputs of a graph. The next kernel may begin as well.
+    // So far nothing was read that kernels write: what describes centers are inputs of a graph. The next kernel may start to
+    // do as much.
     ggml_cuda_pdl_lc();
     ggml_cuda_pdl_sync();
 
@@ -1042,7 +1047,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     __syncthreads();
     float  * merge_l = (float *) shared;                           // [n_warps][n_cols]
     float4 * merge_o = (float4 *) (merge_l + n_warps*cfg::n_cols); // [n_warps][R8][n_blocks*4][32]
-    float  * sums    = (float *) (merge_o + n_warps*cfg::n_merge); // [n_sums][column][sum_pitch]
+    float  * sums    = (float *) (merge_o + n_warps*cfg::n_merge); // [n_sums][n_cols][sum_pitch]: of every n_sums-th warp
     constexpr int sum_pitch = D + 4; // spreads banks
     if (g == 0) {
 #pragma unroll
