@@ -7,12 +7,13 @@
 
 template <tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
 static tq_attention_kernel tq_attention_of(int head_dim, int n_rows) {
-    const bool few = n_rows <= 8;
     switch (head_dim) {
-        case  64: return few ? tq_attention_instance< 64, 1, k_kind, k_bits, v_kind, v_bits>() : tq_attention_instance< 64, 2, k_kind, k_bits, v_kind, v_bits>();
-        case 128: return few ? tq_attention_instance<128, 1, k_kind, k_bits, v_kind, v_bits>() : tq_attention_instance<128, 2, k_kind, k_bits, v_kind, v_bits>();
-        case 192: return tq_attention_instance<192, 1, k_kind, k_bits, v_kind, v_bits>();
-        case 256: return tq_attention_instance<256, 1, k_kind, k_bits, v_kind, v_bits>();
+#define TQ_INSTANCE(D, N) tq_attention_instance<D, N, k_kind, k_bits, v_kind, v_bits>()
+        case  64: return n_rows <= 4 ? TQ_INSTANCE( 64, 4) : n_rows <= 8 ? TQ_INSTANCE( 64, 8) : TQ_INSTANCE( 64, 16);
+        case 128: return n_rows <= 4 ? TQ_INSTANCE(128, 4) : n_rows <= 8 ? TQ_INSTANCE(128, 8) : TQ_INSTANCE(128, 16);
+        case 192: return TQ_INSTANCE(192, 8);
+        case 256: return TQ_INSTANCE(256, 8);
+#undef TQ_INSTANCE
         default:  return {};
     }
 }

@@ -40,14 +40,19 @@ bool ggml_tq_cuda_attention_supported(int device, const ggml_tensor * dst) {
             q->ne[3] != k->ne[3] || q->ne[3] != v->ne[3] || q->ne[2] % k->ne[2] != 0 || k->ne[2] != v->ne[2] || q->ne[3] > 65535) {
         return false;
     }
-    if (k->nb[1] > INT_MAX/TQ_TILE || v->nb[1] > INT_MAX/TQ_TILE || q->nb[0] != sizeof(float) || !aligned(k) || !aligned(v) || (mask && (mask->ne[2] != 1 || mask->nb[0] != sizeof(half)))) {
+    for (const ggml_tensor * t : { k, v }) {
+        if (!aligned(t) || t->nb[1] > INT_MAX/TQ_TILE || t->ne[1]*t->nb[1] > UINT32_MAX) { // offsets of cells have 32 bits
+            return false;
+        }
+    }
+    if (q->nb[0] != sizeof(float) || (mask && (mask->ne[2] != 1 || mask->nb[0] != sizeof(half)))) {
         return false;
     }
     if (ggml_get_op_params_i32(dst, 4) > 0) { // sparse attention
         return false;
     }
     const tq_attention_kernel kernel = find(k->type, v->type, (int) k->ne[0], (int) n_rows);
-    const size_t shared_bytes = kernel.shared_bytes + (dst->src[5] ? kernel.center_bytes : 0) + 256; // 256: the table's levels
+    const size_t shared_bytes = kernel.shared_bytes + (dst->src[5] ? kernel.center_bytes : 0) + 256; // 256: what is not of the dynamic kind
     return kernel.launch && shared_bytes <= ggml_cuda_info().devices[device].smpbo && ggml_tq_cuda_center_supported(dst, k, 5);
 }
 
@@ -70,16 +75,25 @@ static int * counters_of(ggml_backend_cuda_context & ctx, size_t n) {
     return c.data;
 }
 
-// parts of the cells for one key head: all multiprocessors busy, in as few rounds as can be
-static int choose_splits(int n_units, int n_tiles, int n_warps, int n_sm) {
-    int    best      = 1;
+// How the tiles of one key head are divided: among CUDA blocks, so that all multiprocessors are busy in as few rounds as can be,
+// and in a block among warps. Few tiles go to few warps of many blocks.
+struct tq_attention_split {
+    int n_splits, n_warps, n_iter;
+};
+
+static tq_attention_split choose_split(int n_units, int n_tiles, const tq_attention_kernel & kernel, int n_sm) {
+    tq_attention_split best = {};
     double best_cost = INFINITY;
-    for (int n = 1; n <= std::max(1, n_tiles/n_warps) && n <= 4*n_sm; ++n) {
-        const int    n_iter = (n_tiles + n*n_warps - 1)/(n*n_warps);
-        const int    rounds = (n_units*n + n_sm - 1)/n_sm;
-        const double cost   = rounds*(n_iter + 3.0); // 3: what a block does besides
+    for (int n = 1; n <= n_tiles && n <= 4*n_sm; ++n) {
+        const int n_tiles_of_block = (n_tiles + n - 1)/n;
+        const int n_iter   = (n_tiles_of_block + kernel.n_warps*kernel.n_halves - 1)/(kernel.n_warps*kernel.n_halves);
+        const int n_warps  = (n_tiles_of_block + n_iter*kernel.n_halves - 1)/(n_iter*kernel.n_halves);
+        const int n_splits = (n_tiles + n_iter*n_warps*kernel.n_halves - 1)/(n_iter*n_warps*kernel.n_halves); // none is empty
+        const int n_rounds = (n_units*n_splits + n_sm - 1)/n_sm;
+        // in turns of a full block: a warp alone takes a third of one; what a block does besides takes two
+        const double cost = n_rounds*(n_iter*(0.35 + 0.65*n_warps/kernel.n_warps) + 2.0 + 0.02*n_splits);
         if (cost < best_cost) {
-            best      = n;
+            best      = { n_splits, n_warps, n_iter };
             best_cost = cost;
         }
     }
@@ -129,9 +143,12 @@ void ggml_tq_cuda_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
     const int n_row_parts = (n_rows + kernel.n_rows - 1)/kernel.n_rows;
     const int n_tiles     = (a.n_kv + TQ_TILE - 1)/TQ_TILE;
     const int n_sm        = ggml_cuda_info().devices[ctx.device].nsm;
-    const int n_splits    = choose_splits(a.n_head_kv*n_row_parts*a.n_stream, n_tiles, kernel.n_warps, n_sm);
-    a.n_iter   = (n_tiles + n_splits*kernel.n_warps - 1)/(n_splits*kernel.n_warps);
-    a.n_splits = (n_tiles + a.n_iter*kernel.n_warps - 1)/(a.n_iter*kernel.n_warps); // none is empty
+    const tq_attention_split split = choose_split(a.n_head_kv*n_row_parts*a.n_stream, n_tiles, kernel, n_sm);
+    a.n_splits = split.n_splits;
+    a.n_warps  = split.n_warps;
+    a.n_iter   = split.n_iter;
+    a.n_turn   = a.center.pos ? 4 : 1;
+    a.n_stride = 64*a.n_warps*kernel.n_halves;
 
     const int64_t n_out = (int64_t) a.n_head*a.n_q*a.n_stream;
     ggml_cuda_pool_alloc<float>  part_o (ctx.pool(), n_out*a.n_splits*d);

@@ -2,16 +2,17 @@
 
 // Attention of few queries over packed keys and values (docs/decisions/0008-cuda-attention.md).
 //
-// A CUDA block has one key head of one stream, up to 8*R8 rows (queries times heads of the group) and a part of the cells. Its
+// A CUDA block has one key head of one stream, up to N rows (queries times heads of the group) and a part of the cells. Its
 // warps take tiles of 16 cells in turn, each with a pipeline of its own from global to shared memory. Scores and outputs are
 // computed transposed, cells or coordinates along the 16 rows of a tensor-core operand and attention rows along its 8 columns,
-// in the rotated basis. The block that is done last with a row combines the parts, in their order, and turns the output back.
+// in the rotated basis. Up to four rows fill half of the columns: then the warp's cells are two halves, that take turns at the
+// tensor cores, but share the columns, so that everything that is done to scores is done to both at once. The block that is
+// done last with a row combines the parts, in their order, and turns the output back.
 
 #include "tq-fragment.cuh"
 #include "tq-kernel.cuh"
 
-#define TQ_TILE   16 // cells
-#define TQ_STAGES 2  // tiles of a warp in shared memory
+#define TQ_TILE 16 // cells
 
 struct tq_attention_args {
     const char * k;
@@ -28,7 +29,10 @@ struct tq_attention_args {
     int   n_kv, n_q, n_head, n_head_kv, n_stream;
     uint3 group_div;         // heads of a key head, and
     uint3 head_kv_div;       // key heads, as divisors (fastdiv)
-    int   n_splits, n_iter;  // n_iter: tiles of a warp
+    int   n_splits;
+    int   n_warps, n_iter;   // warps of a block that have cells; tiles of each half of a warp,
+    int   n_turn;            // so many of them adjacent: a power of two, at least 4 (a span) for centered keys
+    int   n_stride;          // positions from one span of a half to the next, mostly
     float  * part_o;         // [D, n_splits, n_head, n_q, n_stream]
     float2 * part_ml;        // [n_splits, n_head, n_q, n_stream]: greatest score (base 2), sum of weights
     int    * n_done;         // [blocks of the grid with one split]: zeros, and zeros again after the kernel
@@ -63,27 +67,33 @@ template <int D, int bits> struct tq_row_layout {
     static constexpr int pitch    = 16*(n_pieces | 1);
 };
 
-template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits> struct tq_attention_config {
+template <int D, int N, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits> struct tq_attention_config {
     using k_row = tq_row_layout<D, k_bits>;
     using v_row = tq_row_layout<D, v_bits>;
     static constexpr int n_blocks = D/64;
-    static constexpr int n_rows   = 8*R8;
+    static constexpr int R8       = (N + 7)/8;
+    static constexpr int n_cols   = 8*R8;     // column c is row c % N, of half c / N
+    static constexpr int n_halves = n_cols/N;
     static constexpr int n_warps  = D*R8 <= 128 ? 16 : 8;
     static constexpr bool q_in_registers = D*R8 <= 128;
 
     static constexpr int k_entries    = tq_pairs<k_kind, k_bits>::n_entries;
     static constexpr int v_entries    = tq_pairs<v_kind, v_bits>::n_entries;
-    static constexpr int stage_bytes  = TQ_TILE*(k_row::pitch + v_row::pitch); // of a warp
+    static constexpr int n_stages     = 2/n_halves;
+    static constexpr int k_bytes      = n_halves*TQ_TILE*k_row::pitch; // of a warp's stage
+    static constexpr int stage_bytes  = n_halves*TQ_TILE*(k_row::pitch + v_row::pitch);
     static constexpr int table_bytes  = 256*(k_entries > v_entries ? k_entries : v_entries);
-    static constexpr int q_bytes      = n_rows*D*2*(k_kind == TQ_KIND_QJL ? 2 : 1);
+    static constexpr int q_bytes      = n_cols*D*2*(k_kind == TQ_KIND_QJL ? 2 : 1);
     static constexpr int weight_pitch = D/2 + 1; // pairs of a row
-    static constexpr int weight_bytes = n_rows*(2*weight_pitch + 2)*4;
+    static constexpr int weight_bytes = N*(2*weight_pitch + 2)*4;
     static constexpr int step_pitch   = 36; // of turned weights, in pairs of words: 32 lanes', and 4 that spread banks
-    static constexpr int turned_bytes = n_rows/8*(D/16)*step_pitch*8;
-    static constexpr int center_bytes = 64*D*2 + n_warps*(turned_bytes + n_rows*4 + D*4) + D*4;
-    static constexpr int n_stages     = TQ_STAGES;
-    static constexpr int loop_bytes   = table_bytes + q_bytes + weight_bytes + n_stages*n_warps*stage_bytes;
-    static constexpr int merge_bytes  = n_warps*n_rows*(D + 2)*4;
+    static constexpr int turned_bytes = R8*(D/16)*step_pitch*8;
+    static constexpr int at_bytes     = n_halves*D*4;
+    static constexpr int center_bytes = weight_bytes + 64*D*2 + n_warps*(turned_bytes + n_cols*4 + at_bytes) + D*4;
+    static constexpr int loop_bytes   = table_bytes + q_bytes + n_stages*n_warps*stage_bytes;
+    static constexpr int n_merge      = R8*n_blocks*4*32; // accumulators of a warp, in fours
+    static constexpr int n_sums       = n_merge < 32*n_warps ? 32*n_warps/n_merge : 1;
+    static constexpr int merge_bytes  = n_warps*n_cols*(D + 1)*4 + n_sums*n_cols*(D + 4)*4;
     static constexpr int shared_bytes = loop_bytes > merge_bytes ? loop_bytes : merge_bytes;
 };
 
@@ -117,6 +127,15 @@ template <int n> static __device__ __forceinline__ void tq_copy_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
 }
 
+// n bytes to the device's cache, rounded to 16
+static __device__ __forceinline__ void tq_prefetch(const char * src, uint32_t n) {
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"((uintptr_t) src & ~(uintptr_t) 15), "r"((n + 15) & ~15) : "memory");
+#else
+    GGML_UNUSED_VARS(src, n);
+#endif // __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
+}
+
 static __device__ __forceinline__ uint32_t tq_pack(float x, float y) {
     const half2 h = __floats2half2_rn(x, y);
     return *(const uint32_t *) &h;
@@ -126,6 +145,13 @@ static __device__ __forceinline__ float tq_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// one more; writes of the block before it (after a barrier) are seen by whom the count tells of them
+static __device__ __forceinline__ int tq_count(int * n) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(n) : "memory");
+    return before;
 }
 
 // an int in the order of floats, and back
@@ -151,53 +177,52 @@ static __device__ __forceinline__ float tq_sum_of_cells(float x) {
 // shared memory
 //
 
-// How a lane copies its part of the rows of a tile. Sixteen rows on, addresses have the same alignment, so this is found once.
-// Bytes around a row in its first and last 16 are read, never more.
+// How a lane copies its part of the rows of a tile. Lanes of one row are neighbors in a group of 4, 8 or 16: a quarter of a warp
+// that has pieces of several rows needs several accesses. Bytes around a row in its first and last 16 are read, never more.
 template <typename row> struct tq_copier {
-    static constexpr int n = (TQ_TILE*row::n_pieces + 31)/32;
-    const char * base;    // the tile's first row
-    int64_t  step;        // a tile
-    int      from[n];     // offset of a piece, INT_MIN where none is needed
+    static constexpr int n_lanes = row::n_pieces <= 4 ? 4 : row::n_pieces <= 8 ? 8 : 16;
+    static constexpr int n_rows  = 32/n_lanes;
+    static constexpr int n       = TQ_TILE/n_rows;
+    static constexpr bool even   = n_rows*row::align % 16 == 0; // n_rows on, addresses have the same alignment
+    const char * base;          // of the head's rows, rounded down
+    uint32_t from[even ? 1 : n]; // offset of a piece in the first tile, UINT32_MAX where none is needed
+    uint32_t nb1;
 
-    __device__ tq_copier(const char * base, int64_t nb1, int lane) : base(base), step(TQ_TILE*nb1) {
+    __device__ tq_copier(const char * rows, uint32_t nb1, int lane) : base((const char *) ((uintptr_t) rows & ~(uintptr_t) 15)), nb1(nb1) {
+        const int piece = lane % n_lanes;
 #pragma unroll
-        for (int i = 0; i < n; ++i) {
-            const int cell  = (32*i + lane)/row::n_pieces;
-            const int piece = (32*i + lane)%row::n_pieces;
-            const int skew  = (int) ((uintptr_t) (base + cell*nb1) & 15);
-            from[i] = cell < TQ_TILE && 16*piece < row::bytes + skew ? (int) (cell*nb1) - skew + 16*piece : INT_MIN;
+        for (int i = 0; i < (even ? 1 : n); ++i) {
+            const uint32_t start = (uint32_t) (rows - base) + (i*n_rows + lane/n_lanes)*nb1;
+            from[i] = piece < row::n_pieces && 16*piece < row::bytes + (int) (start % 16) ? start/16*16 + 16*piece : UINT32_MAX;
         }
     }
 
-    // to shared memory, and on to the next tile
-    __device__ void copy(uint32_t dst, int n_cells, int lane) {
+    // the tile at an offset, to shared memory; of its cells n_cells are there
+    __device__ void copy(uint32_t dst, uint32_t offset, int n_cells, int lane) const {
+        dst += lane/n_lanes*row::pitch + lane%n_lanes*16;
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-            const int at = 32*i + lane;
-            const int dst_at = row::pitch == 16*row::n_pieces ? 16*at : at/row::n_pieces*row::pitch + at%row::n_pieces*16;
-            const bool some  = at/row::n_pieces < n_cells;
-            const char * src = some ? base + from[i] : (const char *) ((uintptr_t) base & ~(uintptr_t) 15); // zeros: from nowhere
-            tq_copy_16(dst + dst_at, src, some ? 16 : 0, from[i] != INT_MIN);
+            const uint32_t start = from[even ? 0 : i];
+            const uint32_t at    = offset + start + (even ? i*n_rows*nb1 : 0);
+            tq_copy_16(dst + i*n_rows*row::pitch, base + at, i*n_rows + lane/n_lanes < n_cells ? 16 : 0, start != UINT32_MAX);
         }
-        base += step;
     }
 };
 
-// the lane's halfwords of a block of two cells
+// the halfwords at 2*j of a block's planes, of two cells; before: 2*((j + 3) & 3)
 template <tq_kind kind, int bits>
-static __device__ __forceinline__ tq_words tq_read_block(const char * x, const char * y, int j) {
+static __device__ __forceinline__ tq_words tq_read_block(const char * x, const char * y, int at, int before) {
     uint32_t px[bits], py[bits];
 #pragma unroll
     for (int p = 0; p < bits; ++p) {
-        px[p] = *(const uint16_t *) (x + 2 + 8*p + 2*j);
-        py[p] = *(const uint16_t *) (y + 2 + 8*p + 2*j);
+        px[p] = *(const uint16_t *) (x + at + 2 + 8*p);
+        py[p] = *(const uint16_t *) (y + at + 2 + 8*p);
     }
     uint32_t cx = 0;
     uint32_t cy = 0;
     if constexpr (kind == TQ_KIND_TCQ) {
-        const int before = 2 + 8*(bits - 1) + 2*((j + 3) & 3);
-        cx = tq_both_low(*(const uint16_t *) (x + before), px[bits - 1]);
-        cy = tq_both_low(*(const uint16_t *) (y + before), py[bits - 1]);
+        cx = tq_both_low(*(const uint16_t *) (x + before + 2 + 8*(bits - 1)), px[bits - 1]);
+        cy = tq_both_low(*(const uint16_t *) (y + before + 2 + 8*(bits - 1)), py[bits - 1]);
     }
     return tq_unpack<kind, bits>(px, py, cx, cy);
 }
@@ -261,80 +286,65 @@ static __device__ __forceinline__ void tq_value_operand(const char * table, uint
 template <typename cfg> struct tq_center_shared {
     char * base;
 
-    static constexpr int D = cfg::n_blocks*64;
+    static constexpr int D  = cfg::n_blocks*64;
+    static constexpr int R8 = cfg::R8;
+    static constexpr int N  = cfg::n_cols/cfg::n_halves;
 
     // [position/16][step][lane]: operand of cosines and sines
     __device__ uint4 * steps() const { return (uint4 *) base; }
     // of this warp: [row/8][step][lane]: operand of turned weights; [row]: the sums of turned weights of cosines
     __device__ uint2 * turned() const { return (uint2 *) (base + 64*D*2 + threadIdx.x/32*cfg::turned_bytes); }
-    __device__ float * sums() const { return (float *) (base + 64*D*2 + cfg::n_warps*cfg::turned_bytes) + threadIdx.x/32*cfg::n_rows; }
-    // of this lane: cosines and sines at the start of its warp's span, of pairs lane + 32*i
+    __device__ float * sums() const { return (float *) (base + 64*D*2 + cfg::n_warps*cfg::turned_bytes) + threadIdx.x/32*cfg::n_cols; }
+    // of this lane: cosines and sines at the start of its warp's span, [half][i] of pairs lane + 32*i
     __device__ float2 * at() const {
-        return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::turned_bytes + cfg::n_rows*4)) + threadIdx.x/32*(D/2) + threadIdx.x%32;
+        return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::turned_bytes + cfg::n_cols*4) + threadIdx.x/32*cfg::at_bytes) + threadIdx.x%32;
     }
-    // [pair]: cosine and sine of 64 positions
-    __device__ float2 * span() const { return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::turned_bytes + cfg::n_rows*4 + D*4)); }
+    // [pair]: cosine and sine of as many positions as it is to a warp's next span
+    __device__ float2 * span() const { return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::turned_bytes + cfg::n_cols*4 + cfg::at_bytes)); }
 
     // [row][pair] of (wc, ws), then [row] of what does not turn and [row] of what is the score's part at position 0
-    static __device__ float2 & weight(float * weights, int row, int pair) { return ((float2 *) weights)[row*cfg::weight_pitch + pair]; }
-    static __device__ float  & rest  (float * weights, int row)           { return weights[cfg::n_rows*2*cfg::weight_pitch + row]; }
-    static __device__ float  & first (float * weights, int row)           { return weights[cfg::n_rows*(2*cfg::weight_pitch + 1) + row]; }
+    __device__ float * weights() const { return (float *) (base + cfg::center_bytes - cfg::weight_bytes); }
+    __device__ float2 & weight(int row, int pair) const { return ((float2 *) weights())[row*cfg::weight_pitch + pair]; }
+    __device__ float  & rest  (int row)           const { return weights()[N*2*cfg::weight_pitch + row]; }
+    __device__ float  & first (int row)           const { return weights()[N*(2*cfg::weight_pitch + 1) + row]; }
 
     static constexpr int n_steps = D/16; // those past n_rot are zero
 
-    // weights, and the operand of cosines and sines. The centers of a key head are looked up here and nowhere else.
-    __device__ void start(const tq_attention_args & args, float * weights, int row0, int n_rows_used, int head, int stream, float q_scale) const {
+    // scaled queries, [row][coordinate], until weights are made of them
+    __device__ float & raw(int row, int i) const { return ((float *) (base + 64*D*2))[row*D + i]; }
+
+    static constexpr int n_threads   = 32*cfg::n_warps;
+    static constexpr int n_of_thread = (N*D/2 + n_threads - 1)/n_threads;
+
+    // centers of a key head: of the pairs whose weights this thread makes; of coordinates lane + 32*k, those that do not turn,
+    // and all at position 0
+    struct operands {
+        float m[n_of_thread][2];
+        float rest[D/32], first[D/32];
+    };
+
+    // the operand of cosines and sines, and what is read for weights; none of it depends on earlier kernels
+    __device__ operands start(const tq_attention_args & args, int head) const {
         const tq_key_center & c = args.center;
-        const float * m = c.centers + (int64_t) head*c.head_dim;
         const int n_pairs = c.n_rot/2;
-        constexpr int n_threads = 32*cfg::n_warps;
-#pragma unroll
-        for (int i0 = 0; i0 < cfg::n_rows*D/2; i0 += n_threads) {
-            const int row  = (i0 + threadIdx.x) / (D/2);
-            const int pair = (i0 + threadIdx.x) % (D/2);
-            if (row < n_rows_used && pair < n_pairs) {
-                const float * q = tq_query(args, head, row0 + row, stream);
-                const int a = c.neox ? pair           : 2*pair;
-                const int b = c.neox ? pair + n_pairs : 2*pair + 1;
-                weight(weights, row, pair) = make_float2(q_scale*(q[a]*m[a] + q[b]*m[b]), q_scale*(q[b]*m[a] - q[a]*m[b]));
-            } else if (row < cfg::n_rows) {
-                weight(weights, row, pair) = make_float2(0.0f, 0.0f);
-            }
-        }
-        if (threadIdx.x < cfg::n_rows) {
-            float sum = 0.0f;
-            if (threadIdx.x < n_rows_used && c.n_rot < D) {
-                const float * q = tq_query(args, head, row0 + threadIdx.x, stream);
-                for (int k = c.n_rot; k < D; ++k) {
-                    sum += q_scale*q[k]*m[k];
-                }
-            }
-            rest(weights, threadIdx.x) = sum;
-        }
+        const float * m  = c.centers + (int64_t) head*c.head_dim;
         const float * m0 = m + (int64_t) 3*c.n_head*c.head_dim;
-        for (int row = threadIdx.x/32; row < cfg::n_rows; row += cfg::n_warps) {
-            float sum = 0.0f;
-            if (row < n_rows_used) {
-                const float * q = tq_query(args, head, row0 + row, stream);
+        operands x;
 #pragma unroll
-                for (int i = 0; i < D; i += 32) {
-                    sum += q_scale*q[i + threadIdx.x % 32]*m0[i + threadIdx.x % 32];
-                }
-            }
-#pragma unroll
-            for (int h = 16; h > 0; h /= 2) {
-                sum += __shfl_xor_sync(TQ_WARP, sum, h);
-            }
-            if (threadIdx.x % 32 == 0) {
-                first(weights, row) = sum;
-            }
+        for (int i = 0; i < n_of_thread; ++i) {
+            const int pair = (i*n_threads + threadIdx.x) % (D/2);
+            x.m[i][0] = pair < n_pairs ? m[c.neox ? pair           : 2*pair    ] : 0.0f;
+            x.m[i][1] = pair < n_pairs ? m[c.neox ? pair + n_pairs : 2*pair + 1] : 0.0f;
         }
-        for (int i = threadIdx.x % 32; i < cfg::turned_bytes/8; i += 32) { // rows that are not used stay 0
-            turned()[i] = make_uint2(0, 0);
+#pragma unroll
+        for (int k = 0; k < D/32; ++k) {
+            const int i = threadIdx.x % 32 + 32*k;
+            x.rest [k] = i < c.n_rot ? 0.0f : m[i];
+            x.first[k] = m0[i];
         }
         if (threadIdx.x < D/2) {
             const int i = threadIdx.x;
-            span()[i] = i < n_pairs ? make_float2(c.table[64*c.n_rot + i], c.table[64*c.n_rot + i + n_pairs]) : make_float2(0.0f, 0.0f);
+            span()[i] = i < n_pairs ? tq_center_turn(c, i, args.n_stride) : make_float2(0.0f, 0.0f);
         }
 #pragma unroll
         for (int i0 = 0; i0 < 4*n_steps*32; i0 += n_threads) {
@@ -352,40 +362,97 @@ template <typename cfg> struct tq_center_shared {
             }
             steps()[i] = make_uint4(a[0], a[1], a[2], a[3]);
         }
+        return x;
     }
 
-    // weights for the span whose first cell is at position p; last: that of the span before, INT_MIN if there is none
-    __device__ void turn(const tq_attention_args & args, float * weights, int n_rows_used, int p, int last) const {
+    __device__ void weigh(const tq_attention_args & args, const operands & x) const {
         const tq_key_center & c = args.center;
-        const int lane = threadIdx.x % 32;
-        float2 at[D/64];
+        const int n_pairs = c.n_rot/2;
+        const int lane    = threadIdx.x % 32;
 #pragma unroll
-        for (int i = 0; i < D/64; ++i) {
-            const int pair = lane + 32*i;
-            if (p == last + 64) { // some spans on, the error is far below that of f16
-                const float2 a = this->at()[32*i];
-                const float2 b = span()[pair];
-                at[i] = make_float2(a.x*b.x - a.y*b.y, a.x*b.y + a.y*b.x);
-            } else {
-                at[i] = pair < c.n_rot/2 ? tq_center_turn(c, pair, p) : make_float2(0.0f, 0.0f);
+        for (int i = 0; i < n_of_thread; ++i) {
+            const int row  = (i*n_threads + threadIdx.x) / (D/2);
+            const int pair = (i*n_threads + threadIdx.x) % (D/2);
+            if (row < N) {
+                const float qa = pair < n_pairs ? raw(row, c.neox ? pair           : 2*pair    ) : 0.0f;
+                const float qb = pair < n_pairs ? raw(row, c.neox ? pair + n_pairs : 2*pair + 1) : 0.0f;
+                weight(row, pair) = make_float2(qa*x.m[i][0] + qb*x.m[i][1], qb*x.m[i][0] - qa*x.m[i][1]);
             }
-            this->at()[32*i] = at[i];
+        }
+        for (int row = cfg::n_warps - 1 - threadIdx.x/32; row < N; row += cfg::n_warps) {
+            float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+            for (int k = 0; k < D/32; ++k) {
+                sum.x += raw(row, lane + 32*k)*x.rest [k];
+                sum.y += raw(row, lane + 32*k)*x.first[k];
+            }
+#pragma unroll
+            for (int h = 16; h > 0; h /= 2) {
+                sum.x += __shfl_xor_sync(TQ_WARP, sum.x, h);
+                sum.y += __shfl_xor_sync(TQ_WARP, sum.y, h);
+            }
+            if (lane == 0) {
+                rest (row) = sum.x;
+                first(row) = sum.y;
+            }
+        }
+        __syncthreads();
+        for (int i = lane; i < (N > 4 ? cfg::turned_bytes/8 : 0); i += 32) { // rows that are not used stay 0
+            turned()[i] = make_uint2(0, 0);
+        }
+        __syncwarp();
+    }
+
+    // what turns weights to the spans whose first cells are at positions p (of the lane's own half); last: those of the spans
+    // before, INT_MIN if there are none
+    __device__ void seek(const tq_attention_args & args, int p, int last) const {
+        const tq_key_center & c = args.center;
+#pragma unroll
+        for (int h = 0; h < cfg::n_halves; ++h) {
+            const int  p_h  = __shfl_sync(TQ_WARP, p, 2*h);
+            const bool next = p_h == __shfl_sync(TQ_WARP, last, 2*h) + args.n_stride;
+#pragma unroll
+            for (int i = 0; i < D/64; ++i) {
+                const int pair = threadIdx.x % 32 + 32*i;
+                float2 & at = this->at()[h*(D/2) + 32*i];
+                if (next) { // some spans on, the error is far below that of f16
+                    const float2 a = at;
+                    const float2 b = span()[pair];
+                    at = make_float2(a.x*b.x - a.y*b.y, a.x*b.y + a.y*b.x);
+                } else {
+                    at = pair < c.n_rot/2 ? tq_center_turn(c, pair, p_h) : make_float2(0.0f, 0.0f);
+                }
+            }
+        }
+    }
+
+    __device__ void turn(int n_rows_used) const {
+        const int lane = threadIdx.x % 32;
+        float2 at[cfg::n_halves][D/64];
+#pragma unroll
+        for (int h = 0; h < cfg::n_halves; ++h) {
+#pragma unroll
+            for (int i = 0; i < D/64; ++i) {
+                at[h][i] = this->at()[h*(D/2) + 32*i];
+            }
         }
         uint32_t * turned_at = (uint32_t *) (turned() + lane/8*cfg::step_pitch + lane % 4) + lane/4 % 2;
 #pragma unroll
-        for (int r = 0; r < cfg::n_rows/8; ++r) {
+        for (int r = 0; r < cfg::R8; ++r) {
             float sum[8];
 #pragma unroll
             for (int i0 = 0; i0 < 8; i0 += 4) { // four rows, or none of them
                 sum[i0] = sum[i0 + 1] = sum[i0 + 2] = sum[i0 + 3] = 0.0f;
-                if (8*r + i0 < n_rows_used) {
+                if ((8*r + i0) % N < n_rows_used) {
 #pragma unroll
                     for (int i = i0; i < i0 + 4; ++i) {
+                        const int row  = (8*r + i) % N;
+                        const int half = (8*r + i) / N;
 #pragma unroll
                         for (int k = 0; k < D/64; ++k) {
-                            const float2 w  = weight(weights, 8*r + i, lane + 32*k);
-                            const float  wc = w.x*at[k].x + w.y*at[k].y;
-                            const float  ws = w.y*at[k].x - w.x*at[k].y;
+                            const float2 w  = weight(row, lane + 32*k);
+                            const float  wc = w.x*at[half][k].x + w.y*at[half][k].y;
+                            const float  ws = w.y*at[half][k].x - w.x*at[half][k].y;
                             sum[i] += wc;
                             turned_at[2*((r*n_steps + 4*k)*cfg::step_pitch + 4*i)] = tq_pack(wc, ws);
                         }
@@ -405,13 +472,13 @@ template <typename cfg> struct tq_center_shared {
             sum[0] += __shfl_xor_sync(TQ_WARP, sum[0], 2);
             sum[0] += __shfl_xor_sync(TQ_WARP, sum[0], 1);
             if (lane % 4 == 0) {
-                sums()[8*r + lane/4] = sum[0] + rest(weights, 8*r + lane/4);
+                sums()[8*r + lane/4] = sum[0] + rest((8*r + lane/4) % N);
             }
         }
     }
 
     // the centers' part of the scores of a tile, if its positions are in order
-    template <int R8> __device__ void score(int tile, float (*s)[4]) const {
+    __device__ void score(int tile, float (*s)[4]) const {
         const int lane = threadIdx.x % 32;
         const int j    = lane % 4;
         float other[R8][4] = {}; // so that steps wait less for each other
@@ -440,8 +507,8 @@ template <typename cfg> struct tq_center_shared {
         }
     }
 
-    // whether they are, of the cells that are seen: positions p of this lane's cells; start: that of the first cell of the span
-    template <int R8> static __device__ bool in_order(const int * p, int start, int tile, const bool (*seen)[4]) {
+    // whether they are, of the cells that are seen: positions p of this lane's cells; start: that of the first cell of its span
+    static __device__ bool in_order(const int * p, int start, int tile, const bool (*seen)[4]) {
         const int g  = threadIdx.x % 32 / 4;
         bool      ok = true;
 #pragma unroll
@@ -457,7 +524,7 @@ template <typename cfg> struct tq_center_shared {
     }
 
     // the same at any positions
-    template <int R8> __device__ void score_any(const tq_attention_args & args, float * weights, const int * p, float (*s)[4]) const {
+    __device__ void score_any(const tq_attention_args & args, const int * p, float (*s)[4]) const {
         const tq_key_center & c = args.center;
         const int j = threadIdx.x % 4;
 #pragma unroll
@@ -465,16 +532,16 @@ template <typename cfg> struct tq_center_shared {
             float sum[R8][2];
 #pragma unroll
             for (int r = 0; r < R8; ++r) {
-                sum[r][0] = rest(weights, 8*r + 2*j);
-                sum[r][1] = rest(weights, 8*r + 2*j + 1);
+                sum[r][0] = rest((8*r + 2*j    ) % N);
+                sum[r][1] = rest((8*r + 2*j + 1) % N);
             }
 #pragma unroll 1
             for (int pair = 0; pair < c.n_rot/2; ++pair) {
                 const float2 at = tq_center_turn(c, pair, p[t]);
 #pragma unroll
                 for (int r = 0; r < R8; ++r) {
-                    const float2 w0 = weight(weights, 8*r + 2*j,     pair);
-                    const float2 w1 = weight(weights, 8*r + 2*j + 1, pair);
+                    const float2 w0 = weight((8*r + 2*j    ) % N, pair);
+                    const float2 w1 = weight((8*r + 2*j + 1) % N, pair);
                     sum[r][0] += w0.x*at.x + w0.y*at.y;
                     sum[r][1] += w1.x*at.x + w1.y*at.y;
                 }
@@ -521,25 +588,24 @@ template <int D> static __device__ __forceinline__ float2 tq_combine(const float
     return tq_scale(o, sum > 0.0f ? 1.0f/sum : sum == 0.0f ? 0.0f : sum); // a NaN passes
 }
 
-template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits, bool centered>
-static __global__ void __launch_bounds__(32*tq_attention_config<D, R8, k_kind, k_bits, v_kind, v_bits>::n_warps, 1)
+template <int D, int N, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits, bool centered>
+static __global__ void __launch_bounds__(32*tq_attention_config<D, N, k_kind, k_bits, v_kind, v_bits>::n_warps, 1)
 tq_attention_parts(const __grid_constant__ tq_attention_args args) {
 #if __CUDA_ARCH__ >= GGML_CUDA_CC_AMPERE
-    using cfg = tq_attention_config<D, R8, k_kind, k_bits, v_kind, v_bits>;
+    using cfg = tq_attention_config<D, N, k_kind, k_bits, v_kind, v_bits>;
     using k_row = typename cfg::k_row;
     using v_row = typename cfg::v_row;
     constexpr int n_warps  = cfg::n_warps;
     constexpr int n_blocks = cfg::n_blocks;
-    constexpr int n_rows   = cfg::n_rows;
+    constexpr int n_halves = cfg::n_halves;
+    constexpr int R8       = cfg::R8;
 
     extern __shared__ __align__(256) char shared[];
-    char  * const table    = shared;
-    half  * const q_shared = (half *) (shared + cfg::table_bytes);
-    float * const weights  = (float *) (shared + cfg::table_bytes + cfg::q_bytes); // of centered keys
-    char  * const stages   = shared + cfg::table_bytes + cfg::q_bytes + cfg::weight_bytes;
+    char * const table    = shared;
+    half * const q_shared = (half *) (shared + cfg::table_bytes);
+    char * const stages   = shared + cfg::table_bytes + cfg::q_bytes;
     const tq_center_shared<cfg> centers = { shared + cfg::loop_bytes };
-    __shared__ half levels[2][16];
-    __shared__ int  merge_top[n_rows];
+    __shared__ int merge_top[N];
 
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
@@ -548,98 +614,168 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
 
     const int split  = blockIdx.y;
     const uint2 part_and_head = fast_div_modulo(blockIdx.x, args.head_kv_div);
-    const int row0   = part_and_head.x*n_rows;
+    const int row0   = part_and_head.x*N;
     const int head   = part_and_head.y;
     const int stream = blockIdx.z;
     const int group  = args.group_div.z;
-    const int n_rows_used = min(n_rows, group*args.n_q - row0);
+    const int n_rows_used = min(N, group*args.n_q - row0);
 
-    if (threadIdx.x < n_rows) {
+    if (threadIdx.x < N) {
         merge_top[threadIdx.x] = INT_MIN;
     }
-    // pairs of levels
-    if (threadIdx.x < 16) {
-        levels[0][threadIdx.x] = __float2half_rn(tq_level<k_kind, k_bits>(args.k_codec, threadIdx.x));
-    } else if (threadIdx.x < 32) {
-        levels[1][threadIdx.x - 16] = __float2half_rn(tq_level<v_kind, v_bits>(args.v_codec, threadIdx.x - 16));
+
+    // what this warp reads: halves of warps take turns, so that what a block reads at a time is close together
+    const char * k_base = args.k + head*args.k_nb[1] + stream*args.k_nb[2];
+    const char * v_base = args.v + head*args.v_nb[1] + stream*args.v_nb[2];
+    const int k_nb  = (int) args.k_nb[0];
+    const int v_nb  = (int) args.v_nb[0];
+    const int n_units = args.n_warps*n_halves;
+    const auto cell_of = [&](int half, int it) { // the first of a tile
+        const int it0 = it & -args.n_turn;
+        return ((split*args.n_iter + it0)*n_units + (warp*n_halves + half)*min(args.n_turn, args.n_iter - it0) + it - it0)*TQ_TILE;
+    };
+    const int own_half = j/2 % n_halves; // whose scores this lane has
+    const int n_iter   = warp < args.n_warps && cell_of(0, 0) < args.n_kv ? args.n_iter : 0;
+
+    // The first tiles on their way to the device's cache, while earlier kernels may still write cells: it is where all meet.
+    // A head's part of the rows of all heads, but for the last row.
+    if (lane < 2*n_halves && n_iter > 0 && cell_of(lane/2, 0) + TQ_TILE <= args.n_kv) {
+        const bool     keys = lane % 2 == 0;
+        const int64_t  nb   = keys ? args.k_nb[0] : args.v_nb[0];
+        const uint32_t n    = (uint32_t) (TQ_TILE - 1)*nb/args.head_kv_div.z;
+        if ((keys ? args.k_nb[1] : args.v_nb[1]) < nb) {
+            tq_prefetch((keys ? args.k + stream*args.k_nb[2] : args.v + stream*args.v_nb[2]) + cell_of(lane/2, 0)*nb + head*n, n);
+        }
     }
-    __syncthreads();
-    {
-        const half * of = levels[threadIdx.x / 8 % 2];
-        const half  low = of[threadIdx.x / 16 % 16]; // 2*n_warps entries on, the low nibble is the same
+
+    {   // pairs of levels; 2*n_warps entries on, the low nibble is the same
+        const bool  of_values = threadIdx.x & 8;
+        const int   i_low     = threadIdx.x / 16 % 16;
+        const float low       = of_values ? args.v_codec.table[i_low] : args.k_codec.table[i_low];
 #pragma unroll
         for (int i = threadIdx.x; i < cfg::table_bytes/16; i += 32*n_warps) {
-            const half2 pair = __halves2half2(low, of[i / 256]);
-            const uint32_t w = *(const uint32_t *) &pair;
+            const uint32_t w = tq_pack(low, of_values ? args.v_codec.table[i / 256] : args.k_codec.table[i / 256]);
             ((uint4 *) table)[i] = make_uint4(w, w, w, w);
         }
     }
+    typename tq_center_shared<cfg>::operands center_operands;
+    if constexpr (centered) {
+        center_operands = centers.start(args, head);
+    }
 
-    ggml_cuda_pdl_sync(); // so far nothing was read that another kernel writes
-
-    // what this warp reads
-    const char * k_base = args.k + head*args.k_nb[1] + stream*args.k_nb[2];
-    const char * v_base = args.v + head*args.v_nb[1] + stream*args.v_nb[2];
-    const int first = (split*n_warps + warp)*args.n_iter*TQ_TILE; // cell
+    const tq_copier<k_row> k_copier(k_base, k_nb, lane);
+    const tq_copier<v_row> v_copier(v_base, v_nb, lane);
     char * const stage0 = stages + warp*cfg::n_stages*cfg::stage_bytes;
     const uint32_t stage0_address = (uint32_t) __cvta_generic_to_shared(stage0);
-
-    tq_copier<k_row> k_copier(k_base + first*args.k_nb[0], args.k_nb[0], lane);
-    tq_copier<v_row> v_copier(v_base + first*args.v_nb[0], args.v_nb[0], lane);
-    // this lane's rows in a stage, of cells g and g + 8
-    const int kx_at =  g     *k_row::pitch + ((uint32_t) (uintptr_t) (k_base + (first + g    )*args.k_nb[0]) & 15);
-    const int ky_at = (g + 8)*k_row::pitch + ((uint32_t) (uintptr_t) (k_base + (first + g + 8)*args.k_nb[0]) & 15);
-    const int vx_at =  g     *v_row::pitch + ((uint32_t) (uintptr_t) (v_base + (first + g    )*args.v_nb[0]) & 15) + TQ_TILE*k_row::pitch;
-    const int vy_at = (g + 8)*v_row::pitch + ((uint32_t) (uintptr_t) (v_base + (first + g + 8)*args.v_nb[0]) & 15) + TQ_TILE*k_row::pitch;
-
-    int n_iter = 0; // tiles of this warp
-    if (first < args.n_kv) {
-        n_iter = min(args.n_iter, (args.n_kv - first + TQ_TILE - 1)/TQ_TILE);
-    }
-    const auto issue = [&](int it) {
+    const auto copy = [&](const auto & copier, int nb, int pitch, int at, int it) {
         if (it < n_iter) {
-            const uint32_t dst = stage0_address + it % cfg::n_stages*cfg::stage_bytes;
-            const int n_cells  = args.n_kv - first - it*TQ_TILE;
-            k_copier.copy(dst,                        n_cells, lane);
-            v_copier.copy(dst + TQ_TILE*k_row::pitch, n_cells, lane);
+#pragma unroll
+            for (int h = 0; h < n_halves; ++h) {
+                const int cell = cell_of(h, it);
+                const uint32_t dst = stage0_address + it % cfg::n_stages*cfg::stage_bytes + at + h*TQ_TILE*pitch;
+                copier.copy(dst, (uint32_t) cell*nb, args.n_kv - cell, lane);
+            }
         }
         tq_copy_commit();
     };
+    const auto copy_keys   = [&](int it) { copy(k_copier, k_nb, k_row::pitch, 0,            it); };
+    const auto copy_values = [&](int it) { copy(v_copier, v_nb, v_row::pitch, cfg::k_bytes, it); };
+
+    // columns 2*j and 2*j + 1 of each eight are this lane's
+    float slope[R8][2];
+    int mask_at[R8][2]; // row of the mask
 #pragma unroll
-    for (int it = 0; it < cfg::n_stages - 1; ++it) {
-        issue(it);
+    for (int r = 0; r < R8; ++r) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const tq_row_place place = tq_place_of(args, head, min(row0 + (8*r + 2*j + e) % N, group*args.n_q - 1));
+            slope[r][e] = 1.44269504f;
+            if (args.max_bias > 0.0f) {
+                const int   n2 = 1 << (31 - __clz(args.n_head));
+                const float m0 = exp2f(-args.max_bias/n2);
+                const float m1 = exp2f(-args.max_bias/n2/2.0f);
+                slope[r][e] *= place.head < n2 ? powf(m0, place.head + 1) : powf(m1, 2*(place.head - n2) + 1);
+            }
+            mask_at[r][e] = place.query*(int) (args.mask_nb1/sizeof(half));
+        }
+    }
+    const half * mask = args.mask ? (const half *) ((const char *) args.mask + stream % args.mask_ne3*args.mask_nb3) + g : nullptr;
+
+    // queries that this warp rotates
+    constexpr int n_turns = (N*n_blocks + n_warps - 1)/n_warps;
+    const float q_scale = args.cap != 0.0f ? args.scale/args.cap : args.scale*1.44269504f;
+    const float * q_of[n_turns];
+    float2 x[n_turns], x_scale[n_turns];
+#pragma unroll
+    for (int t = 0; t < n_turns; ++t) {
+        const int i = t*n_warps + warp;
+        q_of[t] = i/n_blocks < n_rows_used ? tq_query(args, head, row0 + i/n_blocks, stream) + i%n_blocks*64 + lane : nullptr;
+        x_scale[t] = make_float2(1.0f, 1.0f);
+        if constexpr (centered) {
+            x_scale[t].x = tq_center_scale(args.center, head, i%n_blocks*64 + lane,      2);
+            x_scale[t].y = tq_center_scale(args.center, head, i%n_blocks*64 + lane + 32, 2);
+        }
     }
 
-    // queries, rotated, as the operands of the steps: [row/8][block][s][lane][n]
-    const float q_scale = args.cap != 0.0f ? args.scale/args.cap : args.scale*1.44269504f;
-    for (int i = warp; i < n_rows*n_blocks; i += n_warps) {
+    const int32_t * pos = args.center.pos + (int64_t) stream*args.n_kv; // unless keys are not centered
+    int span_first = 0; // positions of the first cells of the own half's span, and of its next one
+    int span_next  = 0;
+    if constexpr (centered) {
+        const int cell = cell_of(own_half, 0);
+        span_first = n_iter > 0 && cell < args.n_kv ? max(pos[cell], 0) : 0;
+        centers.seek(args, span_first, INT_MIN);
+    }
+
+    // So far nothing was read that kernels write: what describes centers are inputs of a graph. The next kernel may start to
+    // do as much.
+    ggml_cuda_pdl_lc();
+    ggml_cuda_pdl_sync();
+
+#pragma unroll
+    for (int t = 0; t < n_turns; ++t) {
+        x[t] = q_of[t] ? make_float2(q_of[t][0], q_of[t][32]) : make_float2(0.0f, 0.0f);
+    }
+    copy_keys(0); // of all warps, before other copies: scores begin while those come
+
+    // as the operands of the steps: [column/8][block][s][lane][n]
+#pragma unroll
+    for (int t = 0; t < n_turns; ++t) {
+        const int i   = t*n_warps + warp;
         const int row = i / n_blocks;
         const int b   = i % n_blocks;
-        float2 x = make_float2(0.0f, 0.0f);
-        if (row < n_rows_used) {
-            const float * q = tq_query(args, head, row0 + row, stream) + 64*b + lane;
-            x = make_float2(q[0]*q_scale, q[32]*q_scale);
+        if (row < N) {
+            x[t] = tq_scale(x[t], q_scale);
             if constexpr (centered) {
-                x.x *= tq_center_scale(args.center, head, 64*b + lane,      2);
-                x.y *= tq_center_scale(args.center, head, 64*b + lane + 32, 2);
+                centers.raw(row, 64*b + lane     ) = x[t].x;
+                centers.raw(row, 64*b + lane + 32) = x[t].y;
             }
-            x = tq_rht(x, args.k_codec.rotation, lane);
+            x[t] = tq_rht(make_float2(x[t].x*x_scale[t].x, x[t].y*x_scale[t].y), args.k_codec.rotation, lane);
+            float2 f = x[t];
+            if constexpr (k_kind == TQ_KIND_QJL) {
+                f = tq_scale(tq_rht(f, args.k_codec.sketch, lane), args.k_codec.kappa);
+            }
+#pragma unroll
+            for (int h = 0; h < n_halves; ++h) {
+                half * dst = q_shared + ((row/8*n_blocks + b)*4 + lane % 4)*128 + (row % 8 + h*N)*16 + lane/16*4 + lane % 16/4;
+                dst[0] = __float2half_rn(x[t].x);
+                dst[8] = __float2half_rn(x[t].y);
+                if constexpr (k_kind == TQ_KIND_QJL) {
+                    dst[cfg::n_cols*D    ] = __float2half_rn(f.x);
+                    dst[cfg::n_cols*D + 8] = __float2half_rn(f.y);
+                }
+            }
         }
-        half * dst = q_shared + ((row/8*n_blocks + b)*4 + lane % 4)*128 + row % 8*16 + lane % 16/4;
-        dst[lane/16*4    ] = __float2half_rn(x.x);
-        dst[lane/16*4 + 8] = __float2half_rn(x.y);
-        if constexpr (k_kind == TQ_KIND_QJL) {
-            x = tq_scale(tq_rht(x, args.k_codec.sketch, lane), args.k_codec.kappa);
-            dst += n_rows*D;
-            dst[lane/16*4    ] = __float2half_rn(x.x);
-            dst[lane/16*4 + 8] = __float2half_rn(x.y);
-        }
-    }
-
-    if constexpr (centered) {
-        centers.start(args, weights, row0, n_rows_used, head, stream, q_scale);
     }
     __syncthreads();
+    copy_values(0);
+#pragma unroll
+    for (int it = 1; it < cfg::n_stages; ++it) {
+        copy_keys(it);
+        copy_values(it);
+    }
+    if constexpr (centered) {
+        centers.weigh(args, center_operands);
+    }
 
     uint2 q_frag[cfg::q_in_registers ? R8*n_blocks*4 : 1];
     uint2 f_frag[cfg::q_in_registers && k_kind == TQ_KIND_QJL ? R8*n_blocks*4 : 1];
@@ -653,27 +789,6 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
             }
         }
     }
-
-    // rows 2*j and 2*j + 1 of each eight are this lane's
-    float slope[R8][2];
-    int mask_at[R8][2]; // row of the mask
-#pragma unroll
-    for (int r = 0; r < R8; ++r) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const tq_row_place place = tq_place_of(args, head, min(row0 + 8*r + 2*j + e, group*args.n_q - 1));
-            slope[r][e] = 1.44269504f;
-            if (args.max_bias > 0.0f) {
-                const int   n2 = 1 << (31 - __clz(args.n_head));
-                const float m0 = exp2f(-args.max_bias/n2);
-                const float m1 = exp2f(-args.max_bias/n2/2.0f);
-                slope[r][e] *= place.head < n2 ? powf(m0, place.head + 1) : powf(m1, 2*(place.head - n2) + 1);
-            }
-            mask_at[r][e] = place.query*(int) (args.mask_nb1/sizeof(half));
-        }
-    }
-
-    const half * mask = args.mask ? (const half *) ((const char *) args.mask + stream % args.mask_ne3*args.mask_nb3) + first + g : nullptr;
 
     float m[R8][2], l[R8][2];
     float o[R8][n_blocks*4][4];
@@ -690,20 +805,25 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     }
     const uint32_t lane_offset = 4*lane;
 
-    const int32_t * pos = args.center.pos + (int64_t) stream*args.n_kv + first; // unless keys are not centered
-    int span_first = 0;                                                        // position of a span's first cell, and of the next one's
-    int span_next  = centered && n_iter > 0 ? pos[0] : 0;
+    // this lane's rows in a stage, of cells g and, eight rows on, g + 8; the own half's have the scales that it needs
+    const int k_at   = g*k_row::pitch + ((uint32_t) (uintptr_t) (k_base + g*k_nb) & 15);
+    const int v_at   = g*v_row::pitch + ((uint32_t) (uintptr_t) (v_base + g*v_nb) & 15) + cfg::k_bytes;
+    const int k_own  = k_at + j/2 % n_halves*TQ_TILE*k_row::pitch;
+    const int v_own  = v_at + j/2 % n_halves*TQ_TILE*v_row::pitch;
+    const int at     = 2*j;
+    const int before = 2*((j + 3) & 3);
 
     for (int it = 0; it < n_iter; ++it) {
-        issue(it + cfg::n_stages - 1);
+        const char * stage = stage0 + it % cfg::n_stages*cfg::stage_bytes;
 
         // masks and positions are not looked at before scores are there
+        const int own_cell = cell_of(own_half, it);
         uint16_t mask_of[R8][4];
         int p[2] = { 0, 0 };
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-            const int  at    = it*TQ_TILE + 8*t;
-            const bool valid = first + at + g < args.n_kv;
+            const int  at    = own_cell + 8*t;
+            const bool valid = at + g < args.n_kv;
 #pragma unroll
             for (int r = 0; r < R8; ++r) {
 #pragma unroll
@@ -715,69 +835,72 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
                 p[t] = pos[at + g];
             }
         }
-        if (centered && it % 4 == 0) {
-            const int last = it == 0 ? INT_MIN : span_first;
-            span_first = max(span_next, 0);
-            centers.turn(args, weights, n_rows_used, span_first, last);
+        if constexpr (centered) {
+            if (it % 4 == 0) {
+                if (it > 0) {
+                    const int last = span_first;
+                    span_first = max(span_next, 0);
+                    centers.seek(args, span_first, last);
+                }
+                centers.turn(n_rows_used);
+            }
+            if (it % 4 == 2 && it + 2 < n_iter) {
+                const int cell = cell_of(own_half, it + 2);
+                span_next = cell < args.n_kv ? pos[cell] : 0;
+            }
         }
-        if (centered && it % 4 == 2 && it + 2 < n_iter) {
-            span_next = pos[(it + 2)*TQ_TILE];
-        }
-        tq_copy_wait<cfg::n_stages - 1>();
+        tq_copy_wait<2*cfg::n_stages - 1>(); // keys
         __syncwarp();
-        const char * stage = stage0 + it % cfg::n_stages*cfg::stage_bytes;
-        const char * kx = stage + kx_at;
-        const char * ky = stage + ky_at;
-        const char * vx = stage + vx_at;
-        const char * vy = stage + vy_at;
 
         float center[R8][4];
         if constexpr (centered) {
-            centers.template score<R8>(it % 4, center);
+            centers.score(it % 4, center);
         }
-        bool  seen[R8][4];
-        float s[R8][4];
-#pragma unroll
-        for (int r = 0; r < R8; ++r) {
-            s[r][0] = s[r][1] = s[r][2] = s[r][3] = 0.0f;
-        }
+        float s[R8][4] = {};
 #pragma unroll
         for (int b = 0; b < n_blocks; ++b) {
             constexpr int size = k_row::block;
-            const tq_words w = tq_read_block<k_kind, k_bits>(kx + b*size, ky + b*size, j);
-            const tq_pair_signs signs = tq_signs_of_keys(w.signs);
-            float acc[R8][4] = {};
+            float acc[n_halves][R8][4] = {};
 #pragma unroll
-            for (int st = 0; st < 4; ++st) {
-                uint32_t a[4];
-                tq_key_operand<k_kind>(table, lane_offset, w, signs, st, a);
+            for (int h = 0; h < n_halves; ++h) {
+                const char * k = stage + k_at + h*TQ_TILE*k_row::pitch + b*size;
+                const tq_words w = tq_read_block<k_kind, k_bits>(k, k + 8*k_row::pitch, at, before);
+                const tq_pair_signs signs = tq_signs_of_keys(w.signs);
 #pragma unroll
-                for (int r = 0; r < R8; ++r) {
-                    const int   i = (r*n_blocks + b)*4 + st;
-                    const uint2 q = cfg::q_in_registers ? q_frag[cfg::q_in_registers ? i : 0] : q_at[32*i];
-                    tq_mma(acc[r], a, q.x, q.y);
-                }
-                if constexpr (k_kind == TQ_KIND_QJL) {
-                    tq_sketch_operand(signs, st, a);
+                for (int st = 0; st < 4; ++st) {
+                    uint32_t a[4];
+                    tq_key_operand<k_kind>(table, lane_offset, w, signs, st, a);
 #pragma unroll
                     for (int r = 0; r < R8; ++r) {
                         const int   i = (r*n_blocks + b)*4 + st;
-                        const uint2 f = cfg::q_in_registers ? f_frag[cfg::q_in_registers ? i : 0] : q_at[32*(i + R8*n_blocks*4)];
-                        tq_mma(acc[r], a, f.x, f.y);
+                        const uint2 q = cfg::q_in_registers ? q_frag[cfg::q_in_registers ? i : 0] : q_at[32*i];
+                        tq_mma(acc[h][r], a, q.x, q.y);
+                    }
+                    if constexpr (k_kind == TQ_KIND_QJL) {
+                        tq_sketch_operand(signs, st, a);
+#pragma unroll
+                        for (int r = 0; r < R8; ++r) {
+                            const int   i = (r*n_blocks + b)*4 + st;
+                            const uint2 f = cfg::q_in_registers ? f_frag[cfg::q_in_registers ? i : 0] : q_at[32*(i + R8*n_blocks*4)];
+                            tq_mma(acc[h][r], a, f.x, f.y);
+                        }
                     }
                 }
             }
-            const float dx = tq_read_scale(kx + b*size);
-            const float dy = tq_read_scale(ky + b*size);
+            const float dx = tq_read_scale(stage + k_own + b*size);
+            const float dy = tq_read_scale(stage + k_own + b*size + 8*k_row::pitch);
 #pragma unroll
             for (int r = 0; r < R8; ++r) {
-                s[r][0] += dx*acc[r][0];
-                s[r][1] += dx*acc[r][1];
-                s[r][2] += dy*acc[r][2];
-                s[r][3] += dy*acc[r][3];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    s[r][i] += (i < 2 ? dx : dy)*(n_halves == 2 && j >= 2 ? acc[n_halves - 1][r][i] : acc[0][r][i]);
+                }
             }
         }
+        __syncwarp();
+        copy_keys(it + cfg::n_stages);
 
+        bool seen[R8][4];
 #pragma unroll
         for (int r = 0; r < R8; ++r) {
 #pragma unroll
@@ -786,16 +909,16 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
             }
         }
         if constexpr (centered) {
-            if (!centers.template in_order<R8>(p, span_first, it % 4, seen)) {
-                centers.template score_any<R8>(args, weights, p, center);
+            if (!centers.in_order(p, span_first, it % 4, seen)) {
+                centers.score_any(args, p, center);
             }
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
                 if (p[t] <= 0) { // position 0 has a center of its own
 #pragma unroll
                     for (int r = 0; r < R8; ++r) {
-                        center[r][2*t    ] = centers.first(weights, 8*r + 2*j);
-                        center[r][2*t + 1] = centers.first(weights, 8*r + 2*j + 1);
+                        center[r][2*t    ] = centers.first((8*r + 2*j    ) % N);
+                        center[r][2*t + 1] = centers.first((8*r + 2*j + 1) % N);
                     }
                 }
             }
@@ -826,12 +949,14 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
                 raise |= s[r][i] > m[r][i % 2] + 6.0f;
             }
         }
+        tq_copy_wait<2*cfg::n_stages - 1>(); // values
+        __syncwarp();
         float dx[n_blocks], dy[n_blocks];
 #pragma unroll
         for (int b = 0; b < n_blocks; ++b) {
             constexpr int size = v_row::block;
-            dx[b] = tq_read_scale(vx + b*size);
-            dy[b] = tq_read_scale(vy + b*size);
+            dx[b] = tq_read_scale(stage + v_own + b*size);
+            dy[b] = tq_read_scale(stage + v_own + b*size + 8*v_row::pitch);
             raise |= fmaxf(dx[b], dy[b]) > 8.0f*d_ref;
         }
         if (__any_sync(TQ_WARP, raise)) { // rare after the first tiles
@@ -840,7 +965,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
             for (int b = 0; b < n_blocks; ++b) {
                 d_max = fmaxf(d_max, fmaxf(dx[b], dy[b]));
             }
-            d_max = tq_max_of_cells(d_max); // the same in all j
+            d_max = tq_max_of_cells(d_max); // the same in all j of a half
             const float d_down = d_ref/d_max;
             d_ref = d_max;
             d_inv = 1.0f/d_max;
@@ -876,7 +1001,6 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
 #pragma unroll
         for (int b = 0; b < n_blocks; ++b) {
             constexpr int size = v_row::block;
-            const tq_words w = tq_read_block<v_kind, v_bits>(vx + b*size, vy + b*size, j);
             // weights of cells, times their scales
             uint32_t p0[R8], p1[R8];
             const float ex = dx[b]*d_inv;
@@ -886,126 +1010,146 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
                 p0[r] = tq_transpose(tq_pack(s[r][0] == 0.0f ? 0.0f : s[r][0]*ex, s[r][1] == 0.0f ? 0.0f : s[r][1]*ex));
                 p1[r] = tq_transpose(tq_pack(s[r][2] == 0.0f ? 0.0f : s[r][2]*ey, s[r][3] == 0.0f ? 0.0f : s[r][3]*ey));
             }
-            uint32_t signs_ab = 0;
-            uint32_t signs_cd = 0;
-            if constexpr (v_kind == TQ_KIND_TCQ) {
-                signs_ab = tq_transpose(__byte_perm(w.signs, 0, 0x1010)) >> (g & 1);
-                signs_cd = tq_transpose(__byte_perm(w.signs, 0, 0x3232)) >> (g & 1);
-            }
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const tq_value_pairs pairs = tq_pairs_of_values(
-                    tq_transpose(tq_both_low (w.codes[2*h], w.codes[2*h + 1])),
-                    tq_transpose(tq_both_high(w.codes[2*h], w.codes[2*h + 1])));
+            for (int h = 0; h < n_halves; ++h) {
+                const char * v = stage + v_at + h*TQ_TILE*v_row::pitch + b*size;
+                const tq_words w = tq_read_block<v_kind, v_bits>(v, v + 8*v_row::pitch, at, before);
+                const bool mine = n_halves == 1 || g / 4 == h; // column g is of this half
+                uint32_t signs_ab = 0;
+                uint32_t signs_cd = 0;
+                if constexpr (v_kind == TQ_KIND_TCQ) {
+                    signs_ab = tq_transpose(__byte_perm(w.signs, 0, 0x1010)) >> (g & 1);
+                    signs_cd = tq_transpose(__byte_perm(w.signs, 0, 0x3232)) >> (g & 1);
+                }
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    uint32_t a[4];
-                    tq_value_operand<v_kind>(table, lane_offset, pairs, signs_ab, signs_cd, h, i, a);
+                for (int n = 0; n < 2; ++n) {
+                    const tq_value_pairs pairs = tq_pairs_of_values(
+                        tq_transpose(tq_both_low (w.codes[2*n], w.codes[2*n + 1])),
+                        tq_transpose(tq_both_high(w.codes[2*n], w.codes[2*n + 1])));
 #pragma unroll
-                    for (int r = 0; r < R8; ++r) {
-                        tq_mma(o[r][4*b + 2*h + i], a, p0[r], p1[r]);
+                    for (int i = 0; i < 2; ++i) {
+                        uint32_t a[4];
+                        tq_value_operand<v_kind>(table, lane_offset, pairs, signs_ab, signs_cd, n, i, a);
+#pragma unroll
+                        for (int r = 0; r < R8; ++r) {
+                            tq_mma(o[r][4*b + 2*n + i], a, mine ? p0[r] : 0, mine ? p1[r] : 0);
+                        }
                     }
                 }
             }
         }
         __syncwarp();
+        copy_values(it + cfg::n_stages);
     }
     tq_copy_wait<0>();
 
-    // the warps' parts become one
+    // the parts of warps and halves become one
     __syncthreads();
-    float  * merge_l = (float *) shared;                   // [n_warps][n_rows]
-    float4 * merge_o = (float4 *) (merge_l + n_warps*n_rows); // [n_warps][R8][n_blocks*4][32]
+    float  * merge_l = (float *) shared;                           // [n_warps][n_cols]
+    float4 * merge_o = (float4 *) (merge_l + n_warps*cfg::n_cols); // [n_warps][R8][n_blocks*4][32]
+    float  * sums    = (float *) (merge_o + n_warps*cfg::n_merge); // [n_sums][n_cols][sum_pitch]: of every n_sums-th warp
+    constexpr int sum_pitch = D + 4; // spreads banks
     if (g == 0) {
 #pragma unroll
         for (int r = 0; r < R8; ++r) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                atomicMax(&merge_top[8*r + 2*j + e], tq_ordered(m[r][e]));
+                atomicMax(&merge_top[(8*r + 2*j + e) % N], tq_ordered(m[r][e]));
             }
         }
     }
     __syncthreads();
+    if (warp < args.n_warps) {
 #pragma unroll
-    for (int r = 0; r < R8; ++r) {
-        float down[2];
+        for (int r = 0; r < R8; ++r) {
+            float down[2];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            down[e] = tq_exp2(m[r][e] - tq_unordered(merge_top[8*r + 2*j + e]));
-            l[r][e] = tq_sum_of_cells(l[r][e]);
-            if (g == 0) {
-                merge_l[warp*n_rows + 8*r + 2*j + e] = l[r][e]*down[e];
+            for (int e = 0; e < 2; ++e) {
+                down[e] = tq_exp2(m[r][e] - tq_unordered(merge_top[(8*r + 2*j + e) % N]));
+                l[r][e] = tq_sum_of_cells(l[r][e]);
+                if (g == 0) {
+                    merge_l[warp*cfg::n_cols + 8*r + 2*j + e] = l[r][e]*down[e];
+                }
+                down[e] *= d_ref;
             }
-            down[e] *= d_ref;
-        }
 #pragma unroll
-        for (int i = 0; i < n_blocks*4; ++i) {
-            merge_o[((warp*R8 + r)*n_blocks*4 + i)*32 + lane] =
-                make_float4(o[r][i][0]*down[0], o[r][i][1]*down[1], o[r][i][2]*down[0], o[r][i][3]*down[1]);
+            for (int i = 0; i < n_blocks*4; ++i) {
+                merge_o[warp*cfg::n_merge + (r*n_blocks*4 + i)*32 + lane] =
+                    make_float4(o[r][i][0]*down[0], o[r][i][1]*down[1], o[r][i][2]*down[0], o[r][i][3]*down[1]);
+            }
         }
     }
     __syncthreads();
-    const auto part_of = [&](int row) { // of the output
-        const tq_row_place place = tq_place_of(args, head, row0 + row);
-        return (((int64_t) stream*args.n_q + place.query)*args.n_head + place.head)*args.n_splits + split;
-    };
-    for (int i = threadIdx.x; i < R8*n_blocks*4*32; i += 32*n_warps) { // 32*n_warps is a multiple of 32: the lane stays the same
+    for (int i0 = threadIdx.x; i0 < cfg::n_sums*cfg::n_merge; i0 += 32*n_warps) { // 32*n_warps is a multiple of 32: the lane stays the same
+        const int i = i0 % cfg::n_merge;
+        const int n = i0 / cfg::n_merge;
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-        for (int w = 0; w < n_warps; ++w) {
-            const float4 x = merge_o[w*R8*n_blocks*4*32 + i];
-            sum.x += x.x;
-            sum.y += x.y;
-            sum.z += x.z;
-            sum.w += x.w;
+        for (int w = 0; w < n_warps; w += cfg::n_sums) {
+            if (w + n < args.n_warps) {
+                const float4 x = merge_o[(w + n)*cfg::n_merge + i];
+                sum.x += x.x;
+                sum.y += x.y;
+                sum.z += x.z;
+                sum.w += x.w;
+            }
         }
         const int tile = i / 32 % (n_blocks*4); // block, half step, coordinates 4*n, n = 2*(tile % 2) and one more
-        const int row  = i / 32 / (n_blocks*4)*8 + 2*j;
-        const int x    = tile/4*64 + 16*(g >> 1) + 8*(tile % 2) + 2*(tile / 2 % 2) + (g & 1);
-        if (row < n_rows_used) {
-            float * dst = args.part_o + part_of(row)*D + x;
-            dst[0] = sum.x;
-            dst[4] = sum.z;
-        }
-        if (row + 1 < n_rows_used) {
-            float * dst = args.part_o + part_of(row + 1)*D + x;
-            dst[0] = sum.y;
-            dst[4] = sum.w;
-        }
+        const int col  = i / 32 / (n_blocks*4)*8 + 2*j;
+        float * dst = sums + (n*cfg::n_cols + col)*sum_pitch + tile/4*64 + 16*(g >> 1) + 8*(tile % 2) + 2*(tile / 2 % 2) + (g & 1);
+        dst[0]             = sum.x;
+        dst[4]             = sum.z;
+        dst[sum_pitch]     = sum.y;
+        dst[sum_pitch + 4] = sum.w;
     }
-    if (threadIdx.x < n_rows_used) {
-        float all = 0.0f;
+    __syncthreads();
+    const auto row_of = [&](int row) { // of the output
+        const tq_row_place place = tq_place_of(args, head, row0 + row);
+        return ((int64_t) stream*args.n_q + place.query)*args.n_head + place.head;
+    };
+    for (int i = threadIdx.x; i < n_rows_used*D; i += 32*n_warps) {
+        float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < n_warps; ++w) {
-            all += merge_l[w*n_rows + threadIdx.x];
+        for (int n = 0; n < cfg::n_sums*n_halves; ++n) {
+            sum += sums[(n*N + i/D)*sum_pitch + i%D];
         }
-        args.part_ml[part_of(threadIdx.x)] = make_float2(tq_unordered(merge_top[threadIdx.x]), all);
+        args.part_o[(row_of(i/D)*args.n_splits + split)*D + i%D] = sum;
+    }
+    for (int row = n_warps - 1 - warp; row < n_rows_used; row += n_warps) {
+        float sum = 0.0f;
+        for (int i = lane; i < args.n_warps*n_halves; i += 32) {
+            sum += merge_l[i*N + row];
+        }
+#pragma unroll
+        for (int h = 16; h > 0; h /= 2) {
+            sum += __shfl_xor_sync(TQ_WARP, sum, h);
+        }
+        if (lane == 0) {
+            args.part_ml[row_of(row)*args.n_splits + split] = make_float2(tq_unordered(merge_top[row]), sum);
+        }
     }
 
     // the last of the blocks with these rows combines them
     __shared__ bool is_last;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
         int * n_done = args.n_done + blockIdx.z*gridDim.x + blockIdx.x;
-        is_last = atomicAdd(n_done, 1) == args.n_splits - 1;
+        is_last = tq_count(n_done) == args.n_splits - 1;
         if (is_last) {
             *n_done = 0;
         }
     }
-    ggml_cuda_pdl_lc();
     __syncthreads();
     if (!is_last) {
         return;
     }
-    __threadfence();
     for (int i = warp; i < n_rows_used*n_blocks; i += n_warps) { // a warp a block of 64
         const int row = i / n_blocks;
-        const int64_t part = part_of(row) - split;
+        const int64_t part = row_of(row)*args.n_splits;
         const float sink = args.sinks ? args.sinks[tq_place_of(args, head, row0 + row).head]*1.44269504f : -INFINITY;
         const float2 o = tq_combine<D>(args.part_o + part*D + i % n_blocks*64 + lane, args.part_ml + part, args.n_splits, sink);
         const float2 x = tq_rht_inverse(o, args.v_codec.rotation, lane);
-        float * dst = args.dst + part/args.n_splits*D + i % n_blocks*64 + lane;
+        float * dst = args.dst + row_of(row)*D + i % n_blocks*64 + lane;
         dst[ 0] = x.x;
         dst[32] = x.y;
     }
@@ -1018,25 +1162,25 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
 // what a launch of one instance needs
 struct tq_attention_kernel {
     void (*launch)(const tq_attention_args & args, dim3 grid, cudaStream_t stream);
-    int n_warps, n_rows, shared_bytes, center_bytes; // center_bytes: of shared memory, more for centered keys
+    int n_warps, n_halves, n_rows, shared_bytes, center_bytes; // center_bytes: of shared memory, more for centered keys
 };
 
-template <int D, int R8, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
+template <int D, int N, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
 static tq_attention_kernel tq_attention_instance() {
-    using cfg = tq_attention_config<D, R8, k_kind, k_bits, v_kind, v_bits>;
+    using cfg = tq_attention_config<D, N, k_kind, k_bits, v_kind, v_bits>;
     return { [](const tq_attention_args & args, dim3 grid, cudaStream_t stream) {
         if (args.center.pos) {
             constexpr int shared_bytes = cfg::shared_bytes + cfg::center_bytes;
-            const auto kernel = tq_attention_parts<D, R8, k_kind, k_bits, v_kind, v_bits, true>;
+            const auto kernel = tq_attention_parts<D, N, k_kind, k_bits, v_kind, v_bits, true>;
             CUDA_SET_SHARED_MEMORY_LIMIT(kernel, shared_bytes);
             ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, dim3(32*cfg::n_warps), (size_t) shared_bytes, stream), args);
         } else {
             constexpr int shared_bytes = cfg::shared_bytes;
-            const auto kernel = tq_attention_parts<D, R8, k_kind, k_bits, v_kind, v_bits, false>;
+            const auto kernel = tq_attention_parts<D, N, k_kind, k_bits, v_kind, v_bits, false>;
             CUDA_SET_SHARED_MEMORY_LIMIT(kernel, shared_bytes);
             ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, dim3(32*cfg::n_warps), (size_t) shared_bytes, stream), args);
         }
-    }, cfg::n_warps, cfg::n_rows, cfg::shared_bytes, cfg::center_bytes };
+    }, cfg::n_warps, cfg::n_halves, N, cfg::shared_bytes, cfg::center_bytes };
 }
 
 // the instances of a key type and a kind of value types; { nullptr, ... } where there is none

@@ -31,7 +31,7 @@ bool ggml_tq_cuda_cpy_supported(const ggml_tensor * src, const ggml_tensor * dst
 const char * ggml_tq_cuda_keys_to_f16(const ggml_tensor * dst, half * k_f16, size_t & nb1, size_t & nb2, size_t & nb3, cudaStream_t stream);
 
 // FLASH_ATTN_EXT of few queries over packed keys and values, both of the types: true where there is a kernel, which
-// ggml_tq_cuda_attention runs
+// ggml_tq_cuda_attention runs. It reads src[5..7], if set, while earlier kernels may still run: they are inputs of the graph.
 bool ggml_tq_cuda_attention_supported(int device, const ggml_tensor * dst);
 void ggml_tq_cuda_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 

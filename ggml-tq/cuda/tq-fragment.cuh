@@ -34,6 +34,17 @@ template <int taps> static __device__ __forceinline__ uint32_t tq_label_plane(ui
     return label;
 }
 
+// bits of x where mask is 1, of y elsewhere; the compiler makes two instructions of the same in C
+static __device__ __forceinline__ uint32_t tq_select(uint32_t mask, uint32_t x, uint32_t y) {
+#ifdef __CUDACC__
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(mask), "r"(x), "r"(y));
+    return r;
+#else
+    return (x & mask) | (y & ~mask);
+#endif
+}
+
 static __device__ __forceinline__ uint32_t tq_both_low (uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); }
 static __device__ __forceinline__ uint32_t tq_both_high(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7632); }
 
@@ -76,20 +87,15 @@ static __device__ __forceinline__ tq_words tq_unpack(const uint32_t * x, const u
         }
     }
     // bits of four planes to nibbles: two rounds of exchanges between words
-    const uint32_t a02 = (p[0]        & 0x33333333) | ((p[2] << 2) & 0xcccccccc);
-    const uint32_t b02 = ((p[0] >> 2) & 0x33333333) | (p[2]        & 0xcccccccc);
-    const uint32_t a13 = (p[1]        & 0x33333333) | ((p[3] << 2) & 0xcccccccc);
-    const uint32_t b13 = ((p[1] >> 2) & 0x33333333) | (p[3]        & 0xcccccccc);
-    r.codes[0] = (a02        & 0x55555555) | ((a13 << 1) & 0xaaaaaaaa);
-    r.codes[1] = ((a02 >> 1) & 0x55555555) | (a13        & 0xaaaaaaaa);
-    r.codes[2] = (b02        & 0x55555555) | ((b13 << 1) & 0xaaaaaaaa);
-    r.codes[3] = ((b02 >> 1) & 0x55555555) | (b13        & 0xaaaaaaaa);
+    const uint32_t a02 = tq_select(0x33333333, p[0],      p[2] << 2);
+    const uint32_t b02 = tq_select(0x33333333, p[0] >> 2, p[2]);
+    const uint32_t a13 = tq_select(0x33333333, p[1],      p[3] << 2);
+    const uint32_t b13 = tq_select(0x33333333, p[1] >> 2, p[3]);
+    r.codes[0] = tq_select(0x55555555, a02,      a13 << 1);
+    r.codes[1] = tq_select(0x55555555, a02 >> 1, a13);
+    r.codes[2] = tq_select(0x55555555, b02,      b13 << 1);
+    r.codes[3] = tq_select(0x55555555, b02 >> 1, b13);
     return r;
-}
-
-// level i of the table of codes
-template <tq_kind kind, int bits> static __device__ __forceinline__ float tq_level(const tq_codec & codec, int i) {
-    return codec.table[i]; // _tcq: those of positive sign come first, the others are their mirror
 }
 
 // the offset of a look-up: byte i of codes, and the lane's own copy; lane_offset < 256
@@ -118,5 +124,5 @@ struct tq_value_pairs { uint32_t even, odd; };
 static __device__ __forceinline__ tq_value_pairs tq_pairs_of_values(uint32_t ab, uint32_t cd) {
     const uint32_t x = tq_both_low (ab, cd);
     const uint32_t y = tq_both_high(ab, cd);
-    return { (x & 0x0f0f0f0f) | ((y << 4) & 0xf0f0f0f0), ((x >> 4) & 0x0f0f0f0f) | (y & 0xf0f0f0f0) };
+    return { tq_select(0x0f0f0f0f, x, y << 4), tq_select(0x0f0f0f0f, x >> 4, y) };
 }

@@ -28,4 +28,9 @@ run test-backend "$bin/test-backend" "$device"
 for op in SET_ROWS GET_ROWS CPY FLASH_ATTN_EXT; do
     run "$op" "$bin/test-backend-ops" test -b "$device" -o "$op" -p 'tq[234]_(mse|qjl|tcq)'
 done
+if command -v compute-sanitizer > /dev/null; then
+    for tool in memcheck racecheck; do
+        run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$bin/test-backend" "$device" tq4_tcq few
+    done
+fi
 exit $failed

@@ -464,45 +464,8 @@ static void test_attention(const attn_case & c, std::mt19937_64 & rng) {
     worst = std::max(worst, err/norm);
 }
 
-int main(int argc, char ** argv) {
-    ggml_backend_load_all();
-    const char * name   = argc > 1 ? argv[1] : "CUDA0";
-    const char * filter = argc > 2 ? argv[2] : "";
-    std::vector<ggml_type> types; // the others are seen beside them only
-    for (const ggml_type type : { GGML_TQ_TYPE_LIST }) {
-        if (strstr(ggml_type_name(type), filter)) {
-            types.push_back(type);
-        }
-    }
-    ggml_backend_dev_t dev = ggml_backend_dev_by_name(name);
-    if (!dev) {
-        fprintf(stderr, "no device %s\n", name);
-        return 1;
-    }
-    backend = ggml_backend_dev_init(dev, nullptr);
-
-    std::mt19937_64 rng(1);
-    for (int set = 0; set < 2; ++set) {
-        for (const ggml_type type : types) {
-            test_set_rows(type, rng, true,  64,   1,   0);
-            test_set_rows(type, rng, true,  1024, 65,  0);
-            test_set_rows(type, rng, false, 256,  301, 32);
-            test_copies(type, rng);
-            for (const int32_t n_rot : { 0, 32, 96, 128 }) {
-                test_set_rows_centered(type, rng, n_rot, 0);
-                test_set_rows_centered(type, rng, n_rot, 1);
-            }
-        }
-        // once more with parameters that a model brings
-        static tq_params own = *tq_params_default();
-        const float codebook[4] = { -2.0f, -0.25f, 0.5f, 1.0f };
-        tq_params_set_seeds(&own, 1, 2);
-        tq_params_set_codebook(&own, TQ_TYPE_TQ2_MSE, codebook, 4);
-        tq_params_set_codebook(&own, TQ_TYPE_TQ3_QJL, codebook, 4);
-        tq_params_set_kappa(&own, TQ_TYPE_TQ3_QJL, 0.75f);
-        ggml_tq_set_params(set == 0 ? &own : nullptr);
-    }
-
+// every way that FLASH_ATTN_EXT takes
+static void test_attentions(const std::vector<ggml_type> & types, std::mt19937_64 & rng) {
     for (const ggml_type type : types) {
         for (const bool centered : { false, true }) {
             test_attention({ type, type,           64,  64,  4, 2, 256, 1,  1, centered }, rng);
@@ -541,6 +504,67 @@ int main(int argc, char ** argv) {
         }
         test_attention({ k, v, 128, 128, 8, 2, 9000, 1, 1, true,  true }, rng);
         test_attention({ k, v,  64,  64, 4, 4,  5000, 1, 8, false, true }, rng);
+    }
+}
+
+// the paths of the attention kernel, a case each: so few that a sanitizer gets through them
+static void test_few(ggml_type type, std::mt19937_64 & rng) {
+    test_attention({ type, type, 128, 128, 8, 2, 1100, 1, 1, true,  true }, rng);
+    test_attention({ type, type, 128, 128, 4, 1,  300, 1, 1, false, true }, rng);
+    test_attention({ type, type, 128, 128, 8, 1,  300, 1, 1, true,  true }, rng);
+    test_attention({ type, type, 128, 128, 8, 1,  300, 2, 1, true,  true }, rng);
+    test_attention({ type, type,  64,  64, 3, 1,  300, 1, 1, true,  true }, rng);
+    test_attention({ type, type, 256, 256, 2, 1,  300, 1, 1, false, true }, rng);
+}
+
+// usage: test-backend [DEVICE [PART OF A TYPE'S NAME [few]]]
+int main(int argc, char ** argv) {
+    ggml_backend_load_all();
+    const char * name   = argc > 1 ? argv[1] : "CUDA0";
+    const char * filter = argc > 2 ? argv[2] : "";
+    std::vector<ggml_type> types; // the others are seen beside them only
+    for (const ggml_type type : { GGML_TQ_TYPE_LIST }) {
+        if (strstr(ggml_type_name(type), filter)) {
+            types.push_back(type);
+        }
+    }
+    ggml_backend_dev_t dev = ggml_backend_dev_by_name(name);
+    if (!dev) {
+        fprintf(stderr, "no device %s\n", name);
+        return 1;
+    }
+    backend = ggml_backend_dev_init(dev, nullptr);
+
+    std::mt19937_64 rng(1);
+    const bool few = argc > 3 && strcmp(argv[3], "few") == 0;
+    for (const ggml_type type : types) {
+        if (few) {
+            test_few(type, rng);
+        }
+    }
+    for (int set = 0; set < 2 && !few; ++set) {
+        for (const ggml_type type : types) {
+            test_set_rows(type, rng, true,  64,   1,   0);
+            test_set_rows(type, rng, true,  1024, 65,  0);
+            test_set_rows(type, rng, false, 256,  301, 32);
+            test_copies(type, rng);
+            for (const int32_t n_rot : { 0, 32, 96, 128 }) {
+                test_set_rows_centered(type, rng, n_rot, 0);
+                test_set_rows_centered(type, rng, n_rot, 1);
+            }
+        }
+        // once more with parameters that a model brings
+        static tq_params own = *tq_params_default();
+        const float codebook[4] = { -2.0f, -0.25f, 0.5f, 1.0f };
+        tq_params_set_seeds(&own, 1, 2);
+        tq_params_set_codebook(&own, TQ_TYPE_TQ2_MSE, codebook, 4);
+        tq_params_set_codebook(&own, TQ_TYPE_TQ3_QJL, codebook, 4);
+        tq_params_set_kappa(&own, TQ_TYPE_TQ3_QJL, 0.75f);
+        ggml_tq_set_params(set == 0 ? &own : nullptr);
+    }
+
+    if (!few) {
+        test_attentions(types, rng);
     }
     printf("%s: %d tests, %d failed; attention's largest error %.1e\n", name, n_tests, n_bad, worst);
     ggml_backend_free(backend);

@@ -131,8 +131,8 @@ template <tq_kind kind, int bits> static float level_of(const tq_codec & codec, 
 }
 
 // number h of a pair that is looked up: the low or the high one
-template <tq_kind kind, int bits> static float looked_up(const tq_codec & codec, uint32_t offset, uint32_t signs, int h) {
-    const float level = tq_level<kind, bits>(codec, offset >> (8 + 4*h) & 15);
+template <tq_kind kind> static float looked_up(const tq_codec & codec, uint32_t offset, uint32_t signs, int h) {
+    const float level = codec.table[offset >> (8 + 4*h) & 15];
     return kind == TQ_KIND_TCQ && (signs >> (15 + 16*h) & 1) ? -level : level;
 }
 
@@ -189,7 +189,7 @@ template <tq_kind kind, int bits> static int test_operands(tq_type type) {
                     n_bad++;
                 }
                 for (int h = 0; h < 2; ++h) {
-                    check("key", g + 8*(i/2), 16*j + s + 8*(i%2) + 4*h, looked_up<kind, bits>(codec, offset, sign, h), sign >> (15 + 16*h) & 1);
+                    check("key", g + 8*(i/2), 16*j + s + 8*(i%2) + 4*h, looked_up<kind>(codec, offset, sign, h), sign >> (15 + 16*h) & 1);
                 }
             }
         }
@@ -219,7 +219,7 @@ template <tq_kind kind, int bits> static int test_operands(tq_type type) {
                 for (int k = 0; k < 4; ++k) { // cells a to d
                     const uint32_t offset = tq_pair_offset(n%2 ? pairs.odd : pairs.even, n/2 + 2*(k/2), 4*lane);
                     const uint32_t sign   = ((k < 2 ? signs_ab : signs_cd)[lane] >> g%2 << (15 - 4*n - 2*h)) & 0x80008000;
-                    check("value", 2*j + k%2 + 8*(k/2), 16*(g/2) + 4*n + 2*h + g%2, looked_up<kind, bits>(codec, offset, sign, k%2), false);
+                    check("value", 2*j + k%2 + 8*(k/2), 16*(g/2) + 4*n + 2*h + g%2, looked_up<kind>(codec, offset, sign, k%2), false);
                 }
             }
         }
