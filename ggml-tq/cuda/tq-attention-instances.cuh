@@ -1,6 +1,6 @@
 #pragma once
 
-// The instances of the attention kernel for a key type and a kind of value types. A source file each (template-instances),
+// The instances of the attention kernel for a key type and the kind of value types that goes with it. A source file each (template-instances),
 // so that they compile side by side.
 
 #include "tq-attention.cuh"

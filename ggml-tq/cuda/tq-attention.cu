@@ -14,7 +14,8 @@ static tq_attention_kernel find(ggml_type k_type, ggml_type v_type, int head_dim
     tq_attention_kernel kernel = {};
     tq_dispatch(k_type, [&](auto k_kind, auto k_bits) {
         tq_dispatch(v_type, [&](auto v_kind, auto v_bits) {
-            if constexpr (v_kind != TQ_KIND_QJL) { // nobody has values of those types
+            // values of _qjl types nobody has; who chooses a trellis for one side does for the other
+            if constexpr (v_kind == (k_kind == TQ_KIND_TCQ ? TQ_KIND_TCQ : TQ_KIND_MSE)) {
                 kernel = tq_attention_find<k_kind, k_bits, v_kind>(v_bits, head_dim, n_rows);
             }
         });
