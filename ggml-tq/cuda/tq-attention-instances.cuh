@@ -1,7 +1,7 @@
 #pragma once
 
-// The instances of the attention kernel for a key type and the kind of value types that goes with it. A source file each (template-instances),
-// so that they compile side by side.
+// The instances of the attention kernel for a key type and the kind of value types that goes with it. A source
+// file each (template-instances), so that they compile side by side.
 
 #include "tq-attention.cuh"
 
