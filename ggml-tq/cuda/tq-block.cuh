@@ -67,6 +67,18 @@ static __device__ __forceinline__ float tq_sum_of_products(float2 a, float2 b) {
     return s;
 }
 
+static __device__ __forceinline__ uint32_t tq_warp_max(uint32_t v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(TQ_WARP, v);
+#else
+#pragma unroll
+    for (int h = 16; h > 0; h /= 2) {
+        v = max(v, __shfl_xor_sync(TQ_WARP, v, h));
+    }
+    return v;
+#endif
+}
+
 //
 // codes
 //
@@ -134,7 +146,7 @@ static __device__ __forceinline__ float2 tq_decode_block(const tq_codec & c, con
 // section 4
 //
 
-// u of steps 1 to 4
+// u of steps 1 to 4; numbers, if of no use, where the block is empty
 struct tq_unit {
     float2   u;
     float    g;
@@ -145,21 +157,14 @@ struct tq_unit {
 
 static __device__ __forceinline__ tq_unit tq_normalize(const tq_codec & c, float2 x, int lane) {
     tq_unit r;
-    r.d = 0;
-    float amax = fmaxf(fabsf(x.x), fabsf(x.y)); // drops a NaN
-    const bool finite = __all_sync(TQ_WARP, fabsf(x.x) <= FLT_MAX && fabsf(x.y) <= FLT_MAX);
-#pragma unroll
-    for (int h = 16; h > 0; h /= 2) {
-        amax = fmaxf(amax, __shfl_xor_sync(TQ_WARP, amax, h));
-    }
-    r.empty = !finite || amax < 0x1p-60f;
-    if (r.empty) {
-        r.d = finite ? 0 : 0x7e00;
-        return r;
-    }
-    const int e = min((int) (__float_as_uint(amax) >> 23) - 127, 126);
+    const bool     finite = __all_sync(TQ_WARP, fabsf(x.x) <= FLT_MAX && fabsf(x.y) <= FLT_MAX);
+    const uint32_t amax   = tq_warp_max(__float_as_uint(fmaxf(fabsf(x.x), fabsf(x.y))));
+    r.empty = !finite || amax < __float_as_uint(0x1p-60f);
+    r.d     = finite ? 0 : 0x7e00;
+    const int e = r.empty ? 0 : min((int) (amax >> 23) - 127, 126);
     r.up = __uint_as_float((uint32_t) (127 + e) << 23);
-    const float2 y = tq_rht(tq_scale(x, __uint_as_float((uint32_t) (127 - e) << 23)), c.rotation, lane);
+    x = r.empty ? make_float2(1.0f, 1.0f) : tq_scale(x, __uint_as_float((uint32_t) (127 - e) << 23));
+    const float2 y = tq_rht(x, c.rotation, lane);
     r.g = 8.0f/sqrtf(tq_sum_of_products(y, y));
     r.u = tq_scale(y, r.g);
     return r;
@@ -194,17 +199,17 @@ static __device__ __forceinline__ uint16_t tq_scale_bits(float d) {
     return d >= 65504.0f ? 0x7bff : tq_float_to_half(d);
 }
 
-// steps 7 and 8, and the block's bytes; block is 2-byte aligned
+// steps 7 and 8 and the block's bytes: halfword lane of it, for lanes that have one. quality is that of section 9.
 template <tq_kind kind, int bits>
-static __device__ __forceinline__ void tq_store_block(const tq_unit & n, const tq_codes & codes, uint16_t * block, int lane) {
-    uint16_t d = n.d;
-    if (!n.empty) {
-        const float uq = tq_sum_of_products(n.u, codes.q);
-        const float s  = !(uq > 0.0f) ? 0.0f : kind == TQ_KIND_MSE ? uq/tq_sum_of_products(codes.q, codes.q) : tq_sum_of_products(n.u, n.u)/uq;
-        d = tq_scale_bits(s/n.g*n.up);
-    }
+static __device__ __forceinline__ uint16_t tq_halfword(const tq_unit & n, const tq_codes & codes, float & quality, int lane) {
+    const float uq = tq_sum_of_products(n.u, codes.q);
+    const float uu = kind == TQ_KIND_MSE ? 0.0f : tq_sum_of_products(n.u, n.u);
+    const float qq = kind == TQ_KIND_QJL ? 0.0f : tq_sum_of_products(codes.q, codes.q);
+    const float s  = !(uq > 0.0f) ? 0.0f : kind == TQ_KIND_MSE ? uq/qq : uu/uq;
+    const uint16_t d = n.empty ? n.d : tq_scale_bits(s/n.g*n.up);
+    quality = kind == TQ_KIND_TCQ ? uq/sqrtf(qq) : 0.0f;
     const bool zero = n.empty || d == 0;
-    uint16_t half = d; // lane 0 writes the scale, lane 1 + 4*p + h halfword h of plane p
+    uint16_t half = d; // lane 0 has the scale, lane 1 + 4*p + h halfword h of plane p
 #pragma unroll
     for (int p = 0; p < bits; ++p) {
         const uint32_t lo = __ballot_sync(TQ_WARP, (codes.x >> p) & 1);
@@ -214,6 +219,12 @@ static __device__ __forceinline__ void tq_store_block(const tq_unit & n, const t
             half = zero ? 0 : (uint16_t) ((h < 2 ? lo : hi) >> 16*(h & 1));
         }
     }
+    return half;
+}
+
+// block is 2-byte aligned
+template <int bits>
+static __device__ __forceinline__ void tq_store_block(uint16_t half, uint16_t * block, int lane) {
     if (lane < 1 + 4*bits) {
         block[lane] = half;
     }
@@ -222,6 +233,10 @@ static __device__ __forceinline__ void tq_store_block(const tq_unit & n, const t
 //
 // section 9: the encoder's search, lane = state
 //
+// It takes as long as its chain of shuffles. So two coordinates are one step: a lane gets the costs of four states, and computes
+// the two between by itself; sums and comparisons are those of the format. The coded bits of a path move along with its cost,
+// beside that chain, so nothing is traced back.
+//
 
 #define TQ_N_MULTIPLES 5
 
@@ -229,27 +244,63 @@ static __device__ __forceinline__ float tq_multiple(int k) {
     return k == 0 ? 0.85214379f : k == 1 ? 0.92311635f : k == 2 ? 1.0f : k == 3 ? 1.08328707f : 1.17351087f;
 }
 
+template <int bits> static constexpr int tq_constant_label(int reg) {
+    constexpr int taps[3][4] = { TQ_TRELLIS_TAPS_2B, TQ_TRELLIS_TAPS_3B, TQ_TRELLIS_TAPS_4B };
+    int label = 0;
+    for (int k = 0; k < 4; ++k) {
+        for (int i = 0; i < 6; ++i) {
+            label ^= ((taps[bits - 2][k] & reg) >> i & 1) << k;
+        }
+    }
+    return label;
+}
+
 // shared memory of a warp that searches
 template <int bits> struct tq_search {
     static constexpr int free_bits = bits - 1;
     static constexpr int n_labels  = 32 >> free_bits;
-    float v[64];
-    float dist[64*n_labels];
+    static constexpr int flip16    = tq_constant_label<bits>(16); // between labels of registers r and r + 16
+    static constexpr int flip32    = tq_constant_label<bits>(32);
+    float2 dist[64*n_labels]; // of a coordinate to labels l and l ^ flip32
+    float  v[64];
 };
 
-// one coordinate of a run: the lane's new cost, and for all states a bit: whether its register is s + 32
-static __device__ __forceinline__ uint32_t tq_step(float & cost, float dist0, float dist1, int lane) {
-    const float a = __shfl_sync(TQ_WARP, cost, lane >> 1)        + dist0;
-    const float b = __shfl_sync(TQ_WARP, cost, (lane >> 1) + 16) + dist1;
-    cost = b < a ? b : a;
-    return __ballot_sync(TQ_WARP, b < a);
+// the distances of a lane's branches, s = lane, for coordinate 0
+struct tq_branches {
+    const float2 * between;   // registers s/2      and s/2 + 32, which lead to state s/2
+    const float2 * between16; // registers s/2 + 16 and s/2 + 48, which lead to state s/2 + 16
+    const float2 * last;      // registers s        and s + 32
+};
+
+// Coordinates i and i + 1 of a run: a lane's cost, and the state before them that its path comes from.
+template <int bits>
+static __device__ __forceinline__ int tq_two_steps(const tq_branches & at, int i, float & cost, int lane) {
+    using search = tq_search<bits>;
+    const float2 d0 = at.between[i*search::n_labels];
+    const float2 d1 = search::flip16 ? at.between16[i*search::n_labels] : d0;
+    const float2 d  = at.last[(i + 1)*search::n_labels];
+    const int    k  = lane >> 2;
+    const float a0 = __shfl_sync(TQ_WARP, cost, k)      + d0.x;
+    const float b0 = __shfl_sync(TQ_WARP, cost, k + 16) + d0.y;
+    const float a1 = __shfl_sync(TQ_WARP, cost, k + 8)  + d1.x;
+    const float b1 = __shfl_sync(TQ_WARP, cost, k + 24) + d1.y;
+    const float a  = fminf(a0, b0) + d.x;
+    const float b  = fminf(a1, b1) + d.y;
+    cost = fminf(a, b);
+    const int from0 = b0 < a0 ? k + 16 : k;
+    const int from1 = b1 < a1 ? k + 24 : k + 8;
+    return b < a ? from1 : from0;
 }
 
-// the register that leads into state, and in state the one before it
-static __device__ __forceinline__ int tq_back(uint32_t word, int & state) {
-    const int reg = state | (int) ((word >> state) & 1) << 5;
-    state = reg >> 1;
-    return reg;
+// from a path that ends in a lane's state to the two coded bits that left the register
+static __device__ __forceinline__ uint32_t tq_extend(uint32_t path, int from) {
+    return __shfl_sync(TQ_WARP, path, from) << 2 | (uint32_t) from >> 3;
+}
+
+// the first lane of least value, which is not negative
+static __device__ __forceinline__ int tq_first_least(float v) {
+    const uint32_t order = ~__float_as_uint(v);
+    return __ffs(__ballot_sync(TQ_WARP, order == tq_warp_max(order))) - 1;
 }
 
 // the free bits that gave dist
@@ -269,10 +320,10 @@ static __device__ __forceinline__ int tq_free_bits(const float * table, int labe
     return best;
 }
 
-// the path of one multiple; quality is that of step 4
+// the path of one multiple
 template <int bits>
 static __device__ __forceinline__ tq_codes tq_path(const tq_codec & c, const float * table, float2 u, float multiple,
-        tq_search<bits> & search, float & quality, int lane) {
+        tq_search<bits> & search, int lane) {
     constexpr int free_bits = tq_search<bits>::free_bits;
     constexpr int n_labels  = tq_search<bits>::n_labels;
     constexpr int n_free    = 1 << free_bits;
@@ -282,74 +333,59 @@ static __device__ __forceinline__ tq_codes tq_path(const tq_codec & c, const flo
     search.v[lane + 32] = v.y;
     __syncwarp();
 
-    // dist of every coordinate and label; a lane stays with one label
+    // dist of every coordinate and label: the least square is the square of the least; a lane stays with one label
     const int own = lane % n_labels;
     float row[n_free];
 #pragma unroll
     for (int w = 0; w < n_free; ++w) {
         row[w] = table[own*n_free + w];
     }
-    for (int i = lane/n_labels; i < 64; i += 32/n_labels) {
-        float least = 0.0f;
+#pragma unroll 8
+    for (int j = 0; j < 2*n_labels; ++j) {
+        const int i = j*(32/n_labels) + lane/n_labels;
+        float least = fabsf(search.v[i] - row[0]);
 #pragma unroll
-        for (int w = 0; w < n_free; ++w) {
-            const float d = search.v[i] - row[w];
-            least = w == 0 || d*d < least ? d*d : least;
+        for (int w = 1; w < n_free; ++w) {
+            least = fminf(least, fabsf(search.v[i] - row[w]));
         }
-        search.dist[i*n_labels + own] = least;
+        search.dist[i*n_labels + own].x = least*least;
+        search.dist[i*n_labels + (own ^ tq_search<bits>::flip32)].y = least*least;
     }
     __syncwarp();
 
-    const float * dist0 = search.dist + tq_label(c, lane);
-    const float * dist1 = search.dist + tq_label(c, lane + 32);
+    const int label = tq_label(c, lane >> 1);
+    const tq_branches at = { search.dist + label, search.dist + (label ^ tq_search<bits>::flip16), search.dist + tq_label(c, lane) };
 
-    // the seam; lane i keeps the word of coordinate i
+    // Four runs of half a block: 32 ... 63 and 0 ... 31 from all states find the seam, 0 ... 31 and 32 ... 63 from there the
+    // path. They are one loop, so that its instructions are soon in caches. A path is extended a step late: costs go first.
     float    cost = 0.0f;
-    uint32_t back_x = 0;
-    uint32_t back_y = 0;
+    uint32_t path = 0; // bits that left the register; those of a run begin with the state before it
+    int      from = lane;
+    uint32_t path_x = 0;
+    int      from_x = 0;
+    int      seam = 0;
+#pragma unroll 1
+    for (int r = 0; r < 4; ++r) {
+        if (r == 2) {
+            seam = (int) (__shfl_sync(TQ_WARP, tq_extend(path, from), tq_first_least(cost)) >> 27);
+            cost = lane == seam ? 0.0f : INFINITY;
+        }
+        path_x = path;
+        from_x = from;
+        const int first = r == 0 || r == 3 ? 32 : 0;
 #pragma unroll 8
-    for (int i = 32; i < 64; ++i) {
-        tq_step(cost, dist0[i*n_labels], dist1[i*n_labels], lane);
+        for (int i = 0; i < 32; i += 2) {
+            const int next = tq_two_steps<bits>(at, first + i, cost, lane);
+            path = tq_extend(path, from);
+            from = next;
+        }
     }
-#pragma unroll 8
-    for (int i = 0; i < 32; ++i) {
-        const uint32_t word = tq_step(cost, dist0[i*n_labels], dist1[i*n_labels], lane);
-        back_x = lane == i ? word : back_x;
-    }
-    float least = cost;
-#pragma unroll
-    for (int h = 16; h > 0; h /= 2) {
-        least = fminf(least, __shfl_xor_sync(TQ_WARP, least, h));
-    }
-    int seam = __ffs(__ballot_sync(TQ_WARP, cost == least)) - 1;
-    for (int i = 31; i >= 0; --i) {
-        tq_back(__shfl_sync(TQ_WARP, back_x, i), seam);
-    }
+    const uint32_t path_y = __shfl_sync(TQ_WARP, tq_extend(path, from), seam);
+    path_x = __shfl_sync(TQ_WARP, tq_extend(path_x, from_x), path_y >> 27);
+    const uint64_t coded_reversed = ((uint64_t) path_x << 32 | path_y) << 5 | (uint64_t) seam;
 
-    // the path through the seam
-    cost = lane == seam ? 0.0f : INFINITY;
-#pragma unroll 8
-    for (int i = 0; i < 32; ++i) {
-        const uint32_t word = tq_step(cost, dist0[i*n_labels], dist1[i*n_labels], lane);
-        back_x = lane == i ? word : back_x;
-    }
-#pragma unroll 8
-    for (int i = 0; i < 32; ++i) {
-        const uint32_t word = tq_step(cost, dist0[(i + 32)*n_labels], dist1[(i + 32)*n_labels], lane);
-        back_y = lane == i ? word : back_y;
-    }
-    int state = seam;
-    int reg_x = 0;
-    int reg_y = 0;
-    for (int i = 31; i >= 0; --i) {
-        const int reg = tq_back(__shfl_sync(TQ_WARP, back_y, i), state);
-        reg_y = lane == i ? reg : reg_y;
-    }
-    for (int i = 31; i >= 0; --i) {
-        const int reg = tq_back(__shfl_sync(TQ_WARP, back_x, i), state);
-        reg_x = lane == i ? reg : reg_x;
-    }
-
+    const int reg_x = tq_register(coded_reversed, lane);
+    const int reg_y = tq_register(coded_reversed, lane + 32);
     const int label_x = tq_label(c, reg_x);
     const int label_y = tq_label(c, reg_y);
     const int w_x = tq_free_bits<bits>(table, label_x, v.x);
@@ -358,15 +394,18 @@ static __device__ __forceinline__ tq_codes tq_path(const tq_codec & c, const flo
     r.q = tq_look_up(table, label_x*n_free + w_x, label_y*n_free + w_y);
     r.x = (uint32_t) (w_x | (reg_x & 1) << free_bits);
     r.y = (uint32_t) (w_y | (reg_y & 1) << free_bits);
-    quality = tq_sum_of_products(u, r.q)/sqrtf(tq_sum_of_products(r.q, r.q));
     return r;
 }
 
 // the first of the best
 static __device__ __forceinline__ int tq_best(const float * quality) {
-    int best = 0;
+    int   best = 0;
+    float most = quality[0];
+#pragma unroll
     for (int k = 1; k < TQ_N_MULTIPLES; ++k) {
-        best = quality[k] > quality[best] ? k : best;
+        const float q = quality[k];
+        best = q > most ? k : best;
+        most = q > most ? q : most;
     }
     return best;
 }

@@ -18,6 +18,10 @@ template <typename T> to_t_nc_cuda_t<T> ggml_tq_cuda_get_to_nc(ggml_type type);
 void ggml_tq_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool ggml_tq_cuda_set_rows_supported(const ggml_tensor * dst);
 
+// SET_ROWS of our types at nodes[0]: if the next node that does something is one too, as keys and values of a layer are, runs
+// both in one launch and returns how many nodes to skip; else 0, and nothing is done
+int ggml_tq_cuda_set_rows_fused(ggml_backend_cuda_context & ctx, ggml_tensor ** nodes, int n_nodes);
+
 // GET_ROWS to F32, F16 or BF16
 void ggml_tq_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 

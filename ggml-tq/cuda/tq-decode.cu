@@ -11,12 +11,12 @@ static __global__ void __launch_bounds__(32*TQ_DECODE_WARPS) tq_decode_rows(
     const int warp = threadIdx.x / 32;
     tq_share_table(codec, table);
 
-    for (int64_t i = (int64_t) blockIdx.x*TQ_DECODE_WARPS + warp; i < rows.n_blocks; i += (int64_t) gridDim.x*TQ_DECODE_WARPS) {
-        const tq_place at = tq_find(rows, i);
-        float2 v = tq_decode_block<kind, bits>(codec, table, (const uint16_t *) (src + at.packed + at.ib*tq_block_bytes<bits>), lane);
+    for (int64_t n = (int64_t) blockIdx.x*TQ_DECODE_WARPS + warp; n < rows.n_blocks; n += (int64_t) gridDim.x*TQ_DECODE_WARPS) {
+        const tq_place at = tq_find(rows, (int) n);
+        float2 v = tq_decode_block<kind, bits>(codec, table, (const uint16_t *) (src + tq_find_packed(rows, at) + at.ib*tq_block_bytes<bits>), lane);
         if (center.pos) {
-            const int p = center.pos[(int64_t) at.i3*rows.ne1 + at.i1];
-            const int i = (int) at.ib*64 + lane;
+            const int p = center.pos[(int64_t) at.i3*rows.ne1.z + at.i1];
+            const int i = at.ib*64 + lane;
             v.x = v.x*tq_center_scale(center, at.i2, i,      2) + tq_center_at(center, at.i2, i,      p);
             v.y = v.y*tq_center_scale(center, at.i2, i + 32, 2) + tq_center_at(center, at.i2, i + 32, p);
         }
@@ -32,9 +32,9 @@ void tq_cuda_decode(ggml_type type, const void * src, T * dst, const tq_rows & r
         return;
     }
     const int     n_warps = TQ_DECODE_WARPS;
-    const int64_t grid    = std::min<int64_t>((rows.n_blocks + n_warps - 1)/n_warps, TQ_DECODE_MAX_GRID);
+    const int grid    = std::min((rows.n_blocks + n_warps - 1)/n_warps, TQ_DECODE_MAX_GRID);
     tq_dispatch(type, [&](auto kind, auto bits) {
-        tq_decode_rows<kind, bits, T><<<(int) grid, 32*n_warps, 0, stream>>>(
+        tq_decode_rows<kind, bits, T><<<grid, 32*n_warps, 0, stream>>>(
             (const char *) src, (char *) dst, tq_make_codec(ggml_tq_params(), ggml_tq_type_of(type)), rows, center);
     });
     CUDA_CHECK(cudaGetLastError());

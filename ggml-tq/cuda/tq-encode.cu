@@ -1,80 +1,139 @@
 #include "tq-kernel.cuh"
 
-#define TQ_ENCODE_WARPS 4 // a CUDA block
+#define TQ_ENCODE_WARPS 4 // a CUDA block, where a warp has a block of its own
 
-static __device__ __forceinline__ float2 tq_load(const char * src, const tq_place & at, const tq_key_center & center, int lane) {
-    const float * x = (const float *) (src + at.floats) + at.ib*64 + lane;
-    float2 v = make_float2(x[0], x[32]);
-    if (center.pos) {
-        const int p    = center.pos[at.i1];
-        const int head = (int) at.ib*64/center.head_dim;
-        const int i    = (int) at.ib*64 - head*center.head_dim + lane;
-        v.x = __fmul_rn(v.x - tq_center_at(center, head, i,      p), tq_center_scale(center, head, i,      1));
-        v.y = __fmul_rn(v.y - tq_center_at(center, head, i + 32, p), tq_center_scale(center, head, i + 32, 1));
+struct tq_encode_args {
+    tq_encode_job job  [2];
+    tq_codec      codec[2];
+    int           n_first; // CUDA blocks of job[0]
+};
+
+// A lane's coordinates. What centers keys are inputs of a graph: only the coordinates themselves wait for earlier kernels.
+static __device__ __forceinline__ float2 tq_load(const tq_encode_job & job, const tq_place & at, int lane) {
+    const float * x = (const float *) (job.src + at.floats) + at.ib*64 + lane;
+    if (!job.center.pos) {
+        ggml_cuda_pdl_sync();
+        return make_float2(x[0], x[32]);
     }
-    return v;
+    const tq_key_center & center = job.center;
+    const int p    = center.pos[at.i1];
+    const int head = at.ib*64/center.head_dim;
+    const int i    = at.ib*64 - head*center.head_dim + lane;
+    const float2 m = make_float2(tq_center_at   (center, head, i, p), tq_center_at   (center, head, i + 32, p));
+    const float2 s = make_float2(tq_center_scale(center, head, i, 1), tq_center_scale(center, head, i + 32, 1));
+    ggml_cuda_pdl_sync();
+    return make_float2(__fmul_rn(x[0] - m.x, s.x), __fmul_rn(x[32] - m.y, s.y));
+}
+
+template <tq_kind kind, int bits>
+static __device__ void tq_encode_scalar(const tq_encode_job & job, const tq_codec & codec, const float * table, int i, int lane) {
+    const tq_place at = tq_find(job.rows, i);
+    const float2   x  = tq_load(job, at, lane);
+    uint16_t * block = (uint16_t *) (job.dst + tq_find_packed(job.rows, at) + at.ib*tq_block_bytes<bits>);
+    const tq_unit  n     = tq_normalize(codec, x, lane);
+    const tq_codes codes = tq_quantize<kind, bits>(codec, table, n.u, lane);
+    float quality;
+    tq_store_block<bits>(tq_halfword<kind, bits>(n, codes, quality, lane), block, lane);
 }
 
 // _mse and _qjl: a warp a block
-template <tq_kind kind, int bits>
-static __global__ void __launch_bounds__(32*TQ_ENCODE_WARPS) tq_encode_rows(
-        const char * __restrict__ src, char * __restrict__ dst, const tq_codec codec, const tq_rows rows, const tq_key_center center) {
-    ggml_cuda_pdl_lc(); // attention may make its tables already
+static __global__ void __launch_bounds__(32*TQ_ENCODE_WARPS) tq_encode_rows(const __grid_constant__ tq_encode_args args) {
+    ggml_cuda_pdl_lc(); // the next kernel may prepare itself
     __shared__ float table[32];
+    const int second = (int) blockIdx.x >= args.n_first;
+    const tq_encode_job & job   = args.job  [second];
+    const tq_codec      & codec = args.codec[second];
     const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
     tq_share_table(codec, table);
 
-    const int64_t i = (int64_t) blockIdx.x*TQ_ENCODE_WARPS + warp;
-    if (i >= rows.n_blocks) {
+    const int i = ((int) blockIdx.x - (second ? args.n_first : 0))*TQ_ENCODE_WARPS + threadIdx.x/32;
+    if (i >= job.rows.n_blocks) {
         return;
     }
-    const tq_place at = tq_find(rows, i);
-    const tq_unit  n  = tq_normalize(codec, tq_load(src, at, center, lane), lane);
-    const tq_codes codes = tq_quantize<kind, bits>(codec, table, n.u, lane);
-    tq_store_block<kind, bits>(n, codes, (uint16_t *) (dst + at.packed + at.ib*tq_block_bytes<bits>), lane);
+    switch (job.type) {
+        case GGML_TYPE_TQ2_MSE: tq_encode_scalar<TQ_KIND_MSE, 2>(job, codec, table, i, lane); break;
+        case GGML_TYPE_TQ3_MSE: tq_encode_scalar<TQ_KIND_MSE, 3>(job, codec, table, i, lane); break;
+        case GGML_TYPE_TQ4_MSE: tq_encode_scalar<TQ_KIND_MSE, 4>(job, codec, table, i, lane); break;
+        case GGML_TYPE_TQ2_QJL: tq_encode_scalar<TQ_KIND_QJL, 2>(job, codec, table, i, lane); break;
+        case GGML_TYPE_TQ3_QJL: tq_encode_scalar<TQ_KIND_QJL, 3>(job, codec, table, i, lane); break;
+        case GGML_TYPE_TQ4_QJL: tq_encode_scalar<TQ_KIND_QJL, 4>(job, codec, table, i, lane); break;
+        default: break;
+    }
+}
+
+template <int bits>
+static __device__ void tq_encode_trellis(const tq_encode_job & job, const tq_codec & codec, const float * table, int i,
+        tq_search<bits> * searches, float * quality, int lane, int warp) {
+    const tq_place at = tq_find(job.rows, i);
+    const float2   x  = tq_load(job, at, lane);
+    uint16_t * block = (uint16_t *) (job.dst + tq_find_packed(job.rows, at) + at.ib*tq_block_bytes<bits>);
+    const tq_unit  n     = tq_normalize(codec, x, lane);
+    const tq_codes codes = tq_path<bits>(codec, table, n.u, tq_multiple(warp), searches[warp], lane);
+    const uint16_t half  = tq_halfword<TQ_KIND_TCQ, bits>(n, codes, quality[warp], lane);
+    __syncthreads();
+    if (warp == tq_best(quality)) {
+        tq_store_block<bits>(half, block, lane);
+    }
 }
 
 // _tcq: a warp for each multiple of a block, the best one writes it
-template <int bits>
-static __global__ void __launch_bounds__(32*TQ_N_MULTIPLES) tq_encode_rows_tcq(
-        const char * __restrict__ src, char * __restrict__ dst, const tq_codec codec, const tq_rows rows, const tq_key_center center) {
+static __global__ void __launch_bounds__(32*TQ_N_MULTIPLES, 1) tq_encode_rows_tcq(const __grid_constant__ tq_encode_args args) {
     ggml_cuda_pdl_lc();
     __shared__ float table[32];
     __shared__ float quality[TQ_N_MULTIPLES];
-    __shared__ tq_search<bits> search[TQ_N_MULTIPLES];
+    extern __shared__ float2 searches[];
+    const int second = (int) blockIdx.x >= args.n_first;
+    const tq_encode_job & job   = args.job  [second];
+    const tq_codec      & codec = args.codec[second];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     tq_share_table(codec, table);
 
-    const tq_place at = tq_find(rows, blockIdx.x);
-    const tq_unit  n  = tq_normalize(codec, tq_load(src, at, center, lane), lane);
-    tq_codes codes = {};
-    if (!n.empty) { // the same in all warps
-        codes = tq_path<bits>(codec, table, n.u, tq_multiple(warp), search[warp], quality[warp], lane);
-    }
-    __syncthreads();
-    if (warp == (n.empty ? 0 : tq_best(quality))) {
-        tq_store_block<TQ_KIND_TCQ, bits>(n, codes, (uint16_t *) (dst + at.packed + at.ib*tq_block_bytes<bits>), lane);
+    const int i = (int) blockIdx.x - (second ? args.n_first : 0);
+    switch (job.type) {
+        case GGML_TYPE_TQ2_TCQ: tq_encode_trellis<2>(job, codec, table, i, (tq_search<2> *) searches, quality, lane, warp); break;
+        case GGML_TYPE_TQ3_TCQ: tq_encode_trellis<3>(job, codec, table, i, (tq_search<3> *) searches, quality, lane, warp); break;
+        case GGML_TYPE_TQ4_TCQ: tq_encode_trellis<4>(job, codec, table, i, (tq_search<4> *) searches, quality, lane, warp); break;
+        default: break;
     }
 }
 
-void tq_cuda_encode(ggml_type type, const float * src, void * dst, const tq_rows & rows, const tq_key_center & center, cudaStream_t stream) {
-    if (rows.n_blocks == 0) {
+static bool is_tcq(ggml_type type) {
+    return type == GGML_TYPE_TQ2_TCQ || type == GGML_TYPE_TQ3_TCQ || type == GGML_TYPE_TQ4_TCQ;
+}
+
+static int search_bytes(ggml_type type) {
+    return TQ_N_MULTIPLES*(int) (type == GGML_TYPE_TQ2_TCQ ? sizeof(tq_search<2>) : type == GGML_TYPE_TQ3_TCQ ? sizeof(tq_search<3>) : sizeof(tq_search<4>));
+}
+
+bool tq_cuda_encode_together(ggml_type a, ggml_type b) {
+    return ggml_tq_is_type(a) && ggml_tq_is_type(b) && is_tcq(a) == is_tcq(b);
+}
+
+void tq_cuda_encode(const tq_encode_job * jobs, int n_jobs, cudaStream_t stream) {
+    const bool tcq      = is_tcq(jobs[0].type);
+    const int  n_blocks = tcq ? 1 : TQ_ENCODE_WARPS; // a CUDA block
+    tq_encode_args args = {};
+    int64_t n      = 0;
+    int     shared = 0;
+    for (int j = 0; j < n_jobs; ++j) {
+        args.job  [j] = jobs[j];
+        args.codec[j] = tq_make_codec(ggml_tq_params(), ggml_tq_type_of(jobs[j].type));
+        n += (jobs[j].rows.n_blocks + n_blocks - 1)/n_blocks;
+        if (j == 0) {
+            args.n_first = (int) n;
+        }
+        if (tcq) {
+            shared = std::max(shared, search_bytes(jobs[j].type));
+        }
+    }
+    if (n == 0) {
         return;
     }
-    const tq_codec codec = tq_make_codec(ggml_tq_params(), ggml_tq_type_of(type));
-    tq_dispatch(type, [&](auto kind, auto bits) {
-        if constexpr (kind == TQ_KIND_TCQ) {
-            GGML_ASSERT(rows.n_blocks <= INT_MAX);
-            tq_encode_rows_tcq<bits><<<(int) rows.n_blocks, 32*TQ_N_MULTIPLES, 0, stream>>>(
-                (const char *) src, (char *) dst, codec, rows, center);
-        } else {
-            const int64_t grid = (rows.n_blocks + TQ_ENCODE_WARPS - 1)/TQ_ENCODE_WARPS;
-            GGML_ASSERT(grid <= INT_MAX);
-            tq_encode_rows<kind, bits><<<(int) grid, 32*TQ_ENCODE_WARPS, 0, stream>>>(
-                (const char *) src, (char *) dst, codec, rows, center);
-        }
-    });
-    CUDA_CHECK(cudaGetLastError());
+    GGML_ASSERT(n <= INT_MAX);
+    if (tcq) {
+        ggml_cuda_kernel_launch(tq_encode_rows_tcq, ggml_cuda_kernel_launch_params((int) n, 32*TQ_N_MULTIPLES, shared, stream), args);
+    } else {
+        ggml_cuda_kernel_launch(tq_encode_rows, ggml_cuda_kernel_launch_params((int) n, 32*TQ_ENCODE_WARPS, 0, stream), args);
+    }
 }

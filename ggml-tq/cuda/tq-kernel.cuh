@@ -9,17 +9,17 @@
 // dst->src[first .. first+2], which tq_cuda_center_supported has seen; {} if not set
 tq_key_center tq_cuda_center(const ggml_tensor * dst, int first);
 
-// Rows of blocks, in the order of the float side: n blocks a row, ne rows. A row index, if there is one, replaces i1 on the
-// packed side. Strides are in bytes; the coordinates of a block are adjacent.
+// Rows of blocks, in the order of the float side: n blocks a row, ne rows, divisors of fastdiv. A row index, if there is one,
+// replaces i1 on the packed side. Strides are in bytes; the coordinates of a block are adjacent.
 struct tq_rows {
-    int64_t n_blocks;          // all
-    int     n;                 // blocks a row
-    int     ne1, ne2;
+    int     n_blocks;          // all
+    uint3   n;                 // blocks a row
+    uint3   ne1, ne2;
     int64_t packed_nb[3];
     int64_t floats_nb[3];
     const char * index;        // nullptr: i1
     bool    index_is_64;
-    int     index_ne[2];       // of its dimensions 1 and 2; i2 and i3 wrap around
+    uint3   index_ne[2];       // of its dimensions 1 and 2; i2 and i3 wrap around
     int64_t index_nb[3];
 };
 
@@ -33,26 +33,31 @@ static __device__ __forceinline__ void tq_share_table(const tq_codec & codec, fl
 
 struct tq_place {
     int     i1, i2, i3;
-    int64_t ib;                // in the row
-    int64_t packed, floats;    // offsets in bytes, of the row
+    int     ib;                // in the row
+    int64_t floats;            // offset in bytes, of the row
 };
 
-static __device__ __forceinline__ tq_place tq_find(const tq_rows & r, int64_t i) {
+static __device__ __forceinline__ tq_place tq_find(const tq_rows & r, int i) {
+    const uint2 by_n   = fast_div_modulo(i,        r.n);
+    const uint2 by_ne1 = fast_div_modulo(by_n.x,   r.ne1);
+    const uint2 by_ne2 = fast_div_modulo(by_ne1.x, r.ne2);
     tq_place p;
-    p.ib = i % r.n;
-    i /= r.n;
-    p.i1 = (int) (i % r.ne1);
-    i /= r.ne1;
-    p.i2 = (int) (i % r.ne2);
-    p.i3 = (int) (i / r.ne2);
-    int64_t row = p.i1;
-    if (r.index) {
-        const char * at = r.index + p.i1*r.index_nb[0] + (p.i2 % r.index_ne[0])*r.index_nb[1] + (p.i3 % r.index_ne[1])*r.index_nb[2];
-        row = r.index_is_64 ? *(const int64_t *) at : *(const int32_t *) at;
-    }
-    p.packed = row*r.packed_nb[0] + p.i2*r.packed_nb[1] + p.i3*r.packed_nb[2];
+    p.ib = by_n.y;
+    p.i1 = by_ne1.y;
+    p.i2 = by_ne2.y;
+    p.i3 = by_ne2.x;
     p.floats = p.i1*r.floats_nb[0] + p.i2*r.floats_nb[1] + p.i3*r.floats_nb[2];
     return p;
+}
+
+// offset in bytes of the packed row, which may be known only when earlier kernels are done
+static __device__ __forceinline__ int64_t tq_find_packed(const tq_rows & r, const tq_place & p) {
+    int64_t row = p.i1;
+    if (r.index) {
+        const char * at = r.index + p.i1*r.index_nb[0] + fastmodulo(p.i2, r.index_ne[0])*r.index_nb[1] + fastmodulo(p.i3, r.index_ne[1])*r.index_nb[2];
+        row = r.index_is_64 ? *(const int64_t *) at : *(const int32_t *) at;
+    }
+    return row*r.packed_nb[0] + p.i2*r.packed_nb[1] + p.i3*r.packed_nb[2];
 }
 
 // f(kind, bits), both compile-time constants
@@ -76,5 +81,17 @@ template <typename F> static void tq_dispatch(ggml_type type, F f) {
 template <typename T>
 void tq_cuda_decode(ggml_type type, const void * src, T * dst, const tq_rows & rows, const tq_key_center & center, cudaStream_t stream);
 
-// encodes; center, if set: rows hold all heads of a token
-void tq_cuda_encode(ggml_type type, const float * src, void * dst, const tq_rows & rows, const tq_key_center & center, cudaStream_t stream);
+// Rows to encode. center, if set: they hold all heads of a token.
+struct tq_encode_job {
+    const char *  src;
+    char *        dst;
+    ggml_type     type;
+    tq_rows       rows;
+    tq_key_center center;
+};
+
+// one or two tensors, in one launch
+void tq_cuda_encode(const tq_encode_job * jobs, int n_jobs, cudaStream_t stream);
+
+// whether two tensors can go into one launch
+bool tq_cuda_encode_together(ggml_type a, ggml_type b);

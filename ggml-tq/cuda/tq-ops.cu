@@ -41,12 +41,14 @@ bool ggml_tq_cuda_center_supported(const ggml_tensor * dst, const ggml_tensor * 
 // packed [ne0, ne1, ne2, ne3], floats of elements of size bytes, contiguous
 static tq_rows rows_of(int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3, size_t nb1, size_t nb2, size_t nb3, size_t size) {
     GGML_ASSERT(ne0 % TQ_BLOCK_SIZE == 0);
-    GGML_ASSERT(ne0/TQ_BLOCK_SIZE <= INT_MAX && ne1 <= INT_MAX && ne2 <= INT_MAX && ne3 <= INT_MAX);
+    const int64_t n_blocks = ne0/TQ_BLOCK_SIZE*ne1*ne2*ne3;
+    GGML_ASSERT(n_blocks <= INT_MAX);
+    const auto divisor = [](int64_t n) { return init_fastdiv_values(std::max<int64_t>(n, 1)); };
     tq_rows r = {};
-    r.n_blocks = ne0/TQ_BLOCK_SIZE*ne1*ne2*ne3;
-    r.n        = (int) (ne0/TQ_BLOCK_SIZE);
-    r.ne1      = (int) ne1;
-    r.ne2      = (int) ne2;
+    r.n_blocks = (int) n_blocks;
+    r.n        = divisor(ne0/TQ_BLOCK_SIZE);
+    r.ne1      = divisor(ne1);
+    r.ne2      = divisor(ne2);
     r.packed_nb[0] = nb1;
     r.packed_nb[1] = nb2;
     r.packed_nb[2] = nb3;
@@ -68,7 +70,7 @@ static void set_index(tq_rows & r, const ggml_tensor * index) {
     r.index       = (const char *) index->data;
     r.index_is_64 = index->type == GGML_TYPE_I64;
     for (int d = 0; d < 2; ++d) {
-        r.index_ne[d] = (int) index->ne[d + 1];
+        r.index_ne[d] = init_fastdiv_values(index->ne[d + 1]);
     }
     for (int d = 0; d < 3; ++d) {
         r.index_nb[d] = index->nb[d];
@@ -121,11 +123,47 @@ template to_fp32_nc_cuda_t ggml_tq_cuda_get_to_nc<float>      (ggml_type);
 // ops
 //
 
+static tq_encode_job set_rows_job(const ggml_tensor * dst) {
+    tq_encode_job job = { (const char *) dst->src[0]->data, (char *) dst->data, dst->type, rows_of(dst, dst->src[0]), tq_cuda_center(dst, 3) };
+    set_index(job.rows, dst->src[1]);
+    return job;
+}
+
 void ggml_tq_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const ggml_tensor * src = dst->src[0];
-    tq_rows rows = rows_of(dst, src);
-    set_index(rows, dst->src[1]);
-    tq_cuda_encode(dst->type, (const float *) src->data, dst->data, rows, tq_cuda_center(dst, 3), ctx.stream());
+    const tq_encode_job job = set_rows_job(dst);
+    tq_cuda_encode(&job, 1, ctx.stream());
+}
+
+static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    return (const char *) a->data < (const char *) b->data + ggml_nbytes(b) && (const char *) b->data < (const char *) a->data + ggml_nbytes(a);
+}
+
+// neither writes what the other one reads or writes
+static bool independent(const ggml_tensor * a, const ggml_tensor * b) {
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        // src[2] is the tensor that is written
+        if ((a->src[i] && i != 2 && overlap(a->src[i], b)) || (b->src[i] && i != 2 && overlap(b->src[i], a))) {
+            return false;
+        }
+    }
+    return !overlap(a, b);
+}
+
+int ggml_tq_cuda_set_rows_fused(ggml_backend_cuda_context & ctx, ggml_tensor ** nodes, int n_nodes) {
+    if (ctx.curr_stream_no != 0) { // what is next may belong to another stream
+        return 0;
+    }
+    int i = 1;
+    while (i < n_nodes && (nodes[i]->op == GGML_OP_VIEW || nodes[i]->op == GGML_OP_RESHAPE)) {
+        i++;
+    }
+    if (i == n_nodes || nodes[i]->op != GGML_OP_SET_ROWS || !(nodes[i]->flags & GGML_TENSOR_FLAG_COMPUTE) ||
+            !tq_cuda_encode_together(nodes[0]->type, nodes[i]->type) || !independent(nodes[0], nodes[i])) {
+        return 0;
+    }
+    const tq_encode_job jobs[2] = { set_rows_job(nodes[0]), set_rows_job(nodes[i]) };
+    tq_cuda_encode(jobs, 2, ctx.stream());
+    return i;
 }
 
 bool ggml_tq_cuda_set_rows_supported(const ggml_tensor * dst) {
@@ -169,7 +207,8 @@ void ggml_tq_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, 
         rows = rows_of(ggml_nelements(packed), 1, 1, 1, nb, nb, nb, sizeof(float));
     }
     if (encode) {
-        tq_cuda_encode(packed->type, (const float *) floats->data, packed->data, rows, {}, ctx.stream());
+        const tq_encode_job job = { (const char *) floats->data, (char *) packed->data, packed->type, rows, {} };
+        tq_cuda_encode(&job, 1, ctx.stream());
     } else {
         tq_cuda_decode(packed->type, packed->data, (float *) floats->data, rows, {}, ctx.stream());
     }

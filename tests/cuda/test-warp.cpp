@@ -17,28 +17,25 @@ static const tq_params * params = tq_params_default();
 template <tq_kind kind, int bits> static void encode(const tq_codec & codec, const float * x, uint16_t * block) {
     if constexpr (kind == TQ_KIND_TCQ) { // the kernel searches in a warp for each multiple
         static tq_search<bits> search;
-        static tq_codes codes[TQ_N_MULTIPLES][32];
-        float quality[TQ_N_MULTIPLES] = {};
+        static uint16_t halfwords[TQ_N_MULTIPLES][32];
+        float quality[TQ_N_MULTIPLES];
         for (int k = 0; k < TQ_N_MULTIPLES; ++k) {
             warp::run([&](int lane) {
-                const tq_unit n = tq_normalize(codec, make_float2(x[lane], x[lane + 32]), lane);
-                if (!n.empty) {
-                    float q;
-                    codes[k][lane] = tq_path<bits>(codec, codec.table, n.u, tq_multiple(k), search, q, lane);
-                    quality[k] = q;
-                }
+                const tq_unit  n     = tq_normalize(codec, make_float2(x[lane], x[lane + 32]), lane);
+                const tq_codes codes = tq_path<bits>(codec, codec.table, n.u, tq_multiple(k), search, lane);
+                float q;
+                halfwords[k][lane] = tq_halfword<kind, bits>(n, codes, q, lane);
+                quality[k] = q;
             });
         }
         const int best = tq_best(quality);
-        warp::run([&](int lane) {
-            const tq_unit n = tq_normalize(codec, make_float2(x[lane], x[lane + 32]), lane);
-            tq_store_block<kind, bits>(n, codes[best][lane], block, lane);
-        });
+        warp::run([&](int lane) { tq_store_block<bits>(halfwords[best][lane], block, lane); });
     } else {
         warp::run([&](int lane) {
             const tq_unit  n     = tq_normalize(codec, make_float2(x[lane], x[lane + 32]), lane);
             const tq_codes codes = tq_quantize<kind, bits>(codec, codec.table, n.u, lane);
-            tq_store_block<kind, bits>(n, codes, block, lane);
+            float q;
+            tq_store_block<bits>(tq_halfword<kind, bits>(n, codes, q, lane), block, lane);
         });
     }
 }
