@@ -13,7 +13,7 @@ set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 dir=$1
 shift
-programs=${*:-llama-perplexity llama-bench llama-completion test-backend-ops test-backend bench-attention}
+programs=${*:-llama-perplexity llama-bench llama-completion test-backend-ops test-backend bench-attention bench-set-rows}
 
 mkdir -p "$dir"
 if [ -z "${FROM_SOURCE:-}" ] && [ -f "$root/build/gpu/programs.tar.xz" ]; then

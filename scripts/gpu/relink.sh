@@ -38,7 +38,7 @@ for file in "$dir/programs"/*; do
         *) cp -P "$dir/cpu/bin/$name" "$dir/programs/" ;;
     esac
 done
-cp -P "$dir/cpu/bin/bench-attention" "$dir/programs/" # which earlier builds may lack
+cp -P "$dir/cpu/bin"/bench-* "$dir/programs/" # which earlier builds may lack
 library=$(cd "$dir/programs" && echo libggml-cuda.so.*.*.*)
 # shellcheck disable=SC2046,SC2086
 g++ -shared -Wl,-soname,libggml-cuda.so.0 -Wl,-rpath,"\$ORIGIN" -o "$dir/programs/$library" \

@@ -5,14 +5,11 @@
 // -c: cells have centered keys as well. Buffers take turns, so that nothing stays in the device's cache between runs of the
 // op; bandwidth is what a copy within the device reads and writes, in the same process.
 
-#include "ggml.h"
-#include "ggml-backend.h"
-#include "ggml-cpp.h"
+#include "bench.h"
 #include "ggml-tq-names.h"
 #include "../type-of.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -20,50 +17,6 @@
 #include <random>
 #include <string>
 #include <vector>
-
-static ggml_backend_t backend;
-static int repetitions = 5;
-
-static double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-static std::vector<std::string> split(const std::string & s, char at) {
-    std::vector<std::string> parts(1);
-    for (const char c : s) {
-        if (c == at) {
-            parts.emplace_back();
-        } else {
-            parts.back() += c;
-        }
-    }
-    return parts;
-}
-
-static std::vector<int64_t> numbers(const std::string & s) {
-    std::vector<int64_t> v;
-    for (const std::string & part : split(s, ',')) {
-        v.push_back(atoll(part.c_str()));
-    }
-    return v;
-}
-
-// median seconds of the graph
-static double time_of(ggml_cgraph * graph) {
-    for (int i = 0; i < 3; ++i) {
-        ggml_backend_graph_compute(backend, graph);
-    }
-    ggml_backend_synchronize(backend);
-    std::vector<double> seconds;
-    for (int i = 0; i < repetitions; ++i) {
-        const double start = now();
-        ggml_backend_graph_compute(backend, graph);
-        ggml_backend_synchronize(backend);
-        seconds.push_back(now() - start);
-    }
-    std::sort(seconds.begin(), seconds.end());
-    return seconds[seconds.size()/2];
-}
 
 // bytes a second, read and written
 static double copy_bandwidth() {

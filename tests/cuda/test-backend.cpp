@@ -47,12 +47,15 @@ struct run {
         return input(t, [data](ggml_tensor * t) { ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t)); });
     }
 
-    bool compute(ggml_tensor * op) {
-        if (!ggml_backend_supports_op(backend, op)) {
+    bool compute(ggml_tensor * op, ggml_tensor * next = nullptr) {
+        if (!ggml_backend_supports_op(backend, op) || (next && !ggml_backend_supports_op(backend, next))) {
             return false;
         }
         graph = ggml_new_graph_custom(ctx.get(), 16, false);
         ggml_build_forward_expand(graph, op);
+        if (next) {
+            ggml_build_forward_expand(graph, next);
+        }
         buffer.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
         ggml_backend_buffer_clear(buffer.get(), 0x5a); // what is not written shows
         for (auto & [tensor, set] : inputs) {
@@ -313,6 +316,57 @@ static void test_set_rows_centered(ggml_type type, std::mt19937_64 & rng, int32_
     compare_rows("SET_ROWS centered", type, n_row, x, index, get<uint8_t>(dst));
 }
 
+// keys and values of a layer, which may be one launch; keys centered
+static void test_set_rows_pair(ggml_type k, ggml_type v, std::mt19937_64 & rng) {
+    run r;
+    const int64_t n = 3;
+    const centers c(128, 2, 64, 1, rng);
+    const int64_t n_k = c.head_dim*c.n_head;
+    const int64_t n_v = 448;
+    std::vector<float> x = make_rows(n_k*n, rng);
+    const std::vector<float>   y   = make_rows(n_v*n, rng);
+    const std::vector<int32_t> pos = make_positions(n, rng);
+    const std::vector<int64_t> index_k = { 5, 1, 4 };
+    const std::vector<int64_t> index_v = { 0, 2, 3 };
+    ggml_tensor * dst_k = ggml_new_tensor_2d(r.ctx.get(), k, n_k, 6);
+    ggml_tensor * dst_v = ggml_new_tensor_2d(r.ctx.get(), v, n_v, 5);
+    ggml_tensor * all   = r.input(ggml_new_tensor_3d(r.ctx.get(), GGML_TYPE_F32, n_v/7, 7, n), y);
+    ggml_tensor * set_k = ggml_set_rows(r.ctx.get(), dst_k, r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, n_k, n), x),
+        r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I64, n), index_k));
+    ggml_tensor * set_v = ggml_set_rows(r.ctx.get(), dst_v, ggml_view_2d(r.ctx.get(), all, n_v, n, all->nb[2], 0),
+        r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I64, n), index_v));
+    c.attach(r, set_k, 3, r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I32, n), pos));
+    if (!r.compute(set_k, set_v)) {
+        report(false, "SET_ROWS pair", k, "not supported");
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t h = 0; h < c.n_head; ++h) {
+            c.add(h, pos[i], -1.0f, x.data() + i*n_k + h*c.head_dim);
+            c.multiply(h, 1, x.data() + i*n_k + h*c.head_dim);
+        }
+    }
+    compare_rows("SET_ROWS pair", k, n_k, x, index_k, get<uint8_t>(dst_k));
+    compare_rows("SET_ROWS pair", v, n_v, y, index_v, get<uint8_t>(dst_v));
+}
+
+// one after the other to the same rows
+static void test_set_rows_again(ggml_type type, std::mt19937_64 & rng) {
+    run r;
+    const std::vector<float>   x     = make_rows(2*256, rng);
+    const std::vector<float>   y     = make_rows(2*256, rng);
+    const std::vector<int64_t> index = { 1, 2 };
+    ggml_tensor * dst   = ggml_new_tensor_2d(r.ctx.get(), type, 256, 4);
+    ggml_tensor * idx   = r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I64, 2), index);
+    ggml_tensor * first = ggml_set_rows(r.ctx.get(), dst, r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, 256, 2), x), idx);
+    ggml_tensor * next  = ggml_set_rows(r.ctx.get(), dst, r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, 256, 2), y), idx);
+    if (!r.compute(first, next)) {
+        report(false, "SET_ROWS again", type, "not supported");
+        return;
+    }
+    compare_rows("SET_ROWS again", type, 256, y, index, get<uint8_t>(dst));
+}
+
 //
 // attention
 //
@@ -548,6 +602,10 @@ int main(int argc, char ** argv) {
             test_set_rows(type, rng, true,  1024, 65,  0);
             test_set_rows(type, rng, false, 256,  301, 32);
             test_copies(type, rng);
+            test_set_rows_again(type, rng);
+            for (const ggml_type v : { GGML_TQ_TYPE_LIST }) {
+                test_set_rows_pair(type, v, rng);
+            }
             for (const int32_t n_rot : { 0, 32, 96, 128 }) {
                 test_set_rows_centered(type, rng, n_rot, 0);
                 test_set_rows_centered(type, rng, n_rot, 1);
