@@ -94,11 +94,16 @@ static __device__ __forceinline__ float2 tq_add_sketch(const tq_codec & c, float
     return make_float2(q.x + c.kappa*z.x, q.y + c.kappa*z.y);
 }
 
-static __device__ __forceinline__ int tq_label(const tq_codec & c, int reg) {
+// of a register (section 9)
+template <int bits> static constexpr __host__ __device__ int tq_label(int reg) {
+    constexpr int taps[3][4] = { TQ_TRELLIS_TAPS_2B, TQ_TRELLIS_TAPS_3B, TQ_TRELLIS_TAPS_4B };
     int label = 0;
-#pragma unroll
     for (int k = 0; k < 4; ++k) {
-        label |= (__popc(c.taps[k] & reg) & 1) << k;
+        int parity = 0;
+        for (int i = 0; i < 6; ++i) {
+            parity ^= taps[bits - 2][k] >> i & 1 ? reg >> i : 0;
+        }
+        label |= (parity & 1) << k;
     }
     return label;
 }
@@ -132,8 +137,8 @@ static __device__ __forceinline__ float2 tq_decode_block(const tq_codec & c, con
     if (kind == TQ_KIND_TCQ) {
         const uint16_t * plane = block + 1 + 4*code_bits;
         const uint64_t   coded = __brevll((uint64_t) plane[0] | (uint64_t) plane[1] << 16 | (uint64_t) plane[2] << 32 | (uint64_t) plane[3] << 48);
-        x |= tq_label(c, tq_register(coded, lane))      << code_bits;
-        y |= tq_label(c, tq_register(coded, lane + 32)) << code_bits;
+        x |= tq_label<bits>(tq_register(coded, lane))      << code_bits;
+        y |= tq_label<bits>(tq_register(coded, lane + 32)) << code_bits;
     }
     float2 v = tq_look_up(table, x, y);
     if (kind == TQ_KIND_QJL) {
@@ -244,37 +249,78 @@ static __device__ __forceinline__ float tq_multiple(int k) {
     return k == 0 ? 0.85214379f : k == 1 ? 0.92311635f : k == 2 ? 1.0f : k == 3 ? 1.08328707f : 1.17351087f;
 }
 
-template <int bits> static constexpr int tq_constant_label(int reg) {
-    constexpr int taps[3][4] = { TQ_TRELLIS_TAPS_2B, TQ_TRELLIS_TAPS_3B, TQ_TRELLIS_TAPS_4B };
-    int label = 0;
-    for (int k = 0; k < 4; ++k) {
-        for (int i = 0; i < 6; ++i) {
-            label ^= ((taps[bits - 2][k] & reg) >> i & 1) << k;
-        }
-    }
-    return label;
-}
-
 // shared memory of a warp that searches
 template <int bits> struct tq_search {
     static constexpr int free_bits = bits - 1;
     static constexpr int n_labels  = 32 >> free_bits;
-    static constexpr int flip16    = tq_constant_label<bits>(16); // between labels of registers r and r + 16
-    static constexpr int flip32    = tq_constant_label<bits>(32);
+    static constexpr int flip16    = tq_label<bits>(16); // between labels of registers r and r + 16
+    static constexpr int flip32    = tq_label<bits>(32);
     float2 dist[64*n_labels]; // of a coordinate to labels l and l ^ flip32
     float  v[64];
 };
 
-// the distances of a lane's branches, s = lane, for coordinate 0
-struct tq_branches {
+// what a lane, s, of a search needs besides the coordinates
+template <int bits> struct tq_searcher {
+    static constexpr int n_free   = 1 << (bits - 1);
+    static constexpr int n_labels = tq_search<bits>::n_labels;
+    // distances of coordinate 0
     const float2 * between;   // registers s/2      and s/2 + 32, which lead to state s/2
     const float2 * between16; // registers s/2 + 16 and s/2 + 48, which lead to state s/2 + 16
     const float2 * last;      // registers s        and s + 32
+    // the label to which the lane measures distances, those of every 32/n_labels-th coordinate
+    const float * v;
+    float *       dist;
+    float *       dist32;     // as a label's ^ flip32
+    float         level[n_free];
 };
+
+template <int bits>
+static __device__ __forceinline__ tq_searcher<bits> tq_prepare(tq_search<bits> & search, const float * table, int lane) {
+    constexpr int n_labels = tq_search<bits>::n_labels;
+    const int label = tq_label<bits>(lane >> 1);
+    const int own   = lane % n_labels;
+    const int first = lane / n_labels;
+    tq_searcher<bits> r;
+    r.between   = search.dist + label;
+    r.between16 = search.dist + (label ^ tq_search<bits>::flip16);
+    r.last      = search.dist + tq_label<bits>(lane);
+    r.v         = search.v + first;
+    r.dist      = &search.dist[first*n_labels + own].x;
+    r.dist32    = &search.dist[first*n_labels + (own ^ tq_search<bits>::flip32)].y;
+#pragma unroll
+    for (int w = 0; w < r.n_free; ++w) {
+        r.level[w] = table[own*r.n_free + w];
+    }
+    return r;
+}
+
+// Distances of every coordinate to every label: the least square is the square of the least.
+template <int bits>
+static __device__ __forceinline__ void tq_measure(const tq_searcher<bits> & at) {
+    constexpr int n = 64*tq_searcher<bits>::n_labels/32; // coordinates of a lane
+#pragma unroll 1
+    for (int j = 0; j < n; j += 8) {
+        float v[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            v[k] = at.v[(j + k)*(64/n)];
+        }
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            float least = fabsf(v[k] - at.level[0]);
+#pragma unroll
+            for (int w = 1; w < at.n_free; ++w) {
+                least = fminf(least, fabsf(v[k] - at.level[w]));
+            }
+            at.dist  [(j + k)*64] = least*least; // 32 pairs further
+            at.dist32[(j + k)*64] = least*least;
+        }
+    }
+}
 
 // Coordinates i and i + 1 of a run: a lane's cost, and the state before them that its path comes from.
 template <int bits>
-static __device__ __forceinline__ int tq_two_steps(const tq_branches & at, int i, float & cost, int lane) {
+static __device__ __forceinline__ int tq_two_steps(const tq_searcher<bits> & at, int i, float & cost, int lane) {
     using search = tq_search<bits>;
     const float2 d0 = at.between[i*search::n_labels];
     const float2 d1 = search::flip16 ? at.between16[i*search::n_labels] : d0;
@@ -322,39 +368,17 @@ static __device__ __forceinline__ int tq_free_bits(const float * table, int labe
 
 // the path of one multiple
 template <int bits>
-static __device__ __forceinline__ tq_codes tq_path(const tq_codec & c, const float * table, float2 u, float multiple,
-        tq_search<bits> & search, int lane) {
-    constexpr int free_bits = tq_search<bits>::free_bits;
-    constexpr int n_labels  = tq_search<bits>::n_labels;
+static __device__ __forceinline__ tq_codes tq_path(const float * table, float2 u, float multiple,
+        tq_search<bits> & search, const tq_searcher<bits> & at, int lane) {
+    constexpr int free_bits = bits - 1;
     constexpr int n_free    = 1 << free_bits;
 
     const float2 v = tq_scale(u, multiple);
     search.v[lane]      = v.x;
     search.v[lane + 32] = v.y;
     __syncwarp();
-
-    // dist of every coordinate and label: the least square is the square of the least; a lane stays with one label
-    const int own = lane % n_labels;
-    float row[n_free];
-#pragma unroll
-    for (int w = 0; w < n_free; ++w) {
-        row[w] = table[own*n_free + w];
-    }
-#pragma unroll 8
-    for (int j = 0; j < 2*n_labels; ++j) {
-        const int i = j*(32/n_labels) + lane/n_labels;
-        float least = fabsf(search.v[i] - row[0]);
-#pragma unroll
-        for (int w = 1; w < n_free; ++w) {
-            least = fminf(least, fabsf(search.v[i] - row[w]));
-        }
-        search.dist[i*n_labels + own].x = least*least;
-        search.dist[i*n_labels + (own ^ tq_search<bits>::flip32)].y = least*least;
-    }
+    tq_measure<bits>(at);
     __syncwarp();
-
-    const int label = tq_label(c, lane >> 1);
-    const tq_branches at = { search.dist + label, search.dist + (label ^ tq_search<bits>::flip16), search.dist + tq_label(c, lane) };
 
     // Four runs of half a block: 32 ... 63 and 0 ... 31 from all states find the seam, 0 ... 31 and 32 ... 63 from there the
     // path. They are one loop, so that its instructions are soon in caches. A path is extended a step late: costs go first.
@@ -386,8 +410,8 @@ static __device__ __forceinline__ tq_codes tq_path(const tq_codec & c, const flo
 
     const int reg_x = tq_register(coded_reversed, lane);
     const int reg_y = tq_register(coded_reversed, lane + 32);
-    const int label_x = tq_label(c, reg_x);
-    const int label_y = tq_label(c, reg_y);
+    const int label_x = tq_label<bits>(reg_x);
+    const int label_y = tq_label<bits>(reg_y);
     const int w_x = tq_free_bits<bits>(table, label_x, v.x);
     const int w_y = tq_free_bits<bits>(table, label_y, v.y);
     tq_codes r;

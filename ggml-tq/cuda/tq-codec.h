@@ -14,7 +14,6 @@ struct tq_codec {
     float    table[32];      // centroids; _tcq: levels
     float    thresholds[15];
     float    kappa;
-    uint8_t  taps[4];        // _tcq: the unused ones are 0
 };
 
 static inline uint64_t tq_sign_word(const float * signs) {
@@ -29,13 +28,13 @@ static inline tq_codec tq_make_codec(const tq_params * params, tq_type type) {
     const uint64_t rotation = tq_sign_word(params->rotation_signs);
     const uint64_t sketch   = tq_sign_word(params->sketch_signs);
     switch (type) {
-        case TQ_TYPE_TQ2_TCQ: return { rotation, sketch, TQ_TRELLIS_2B, {}, 0.0f, TQ_TRELLIS_TAPS_2B };
-        case TQ_TYPE_TQ3_TCQ: return { rotation, sketch, TQ_TRELLIS_3B, {}, 0.0f, TQ_TRELLIS_TAPS_3B };
-        case TQ_TYPE_TQ4_TCQ: return { rotation, sketch, TQ_TRELLIS_4B, {}, 0.0f, TQ_TRELLIS_TAPS_4B };
+        case TQ_TYPE_TQ2_TCQ: return { rotation, sketch, TQ_TRELLIS_2B, {}, 0.0f };
+        case TQ_TYPE_TQ3_TCQ: return { rotation, sketch, TQ_TRELLIS_3B, {}, 0.0f };
+        case TQ_TYPE_TQ4_TCQ: return { rotation, sketch, TQ_TRELLIS_4B, {}, 0.0f };
         default: break;
     }
     const tq_quantizer & quantizer = params->quantizers[type];
-    tq_codec codec = { rotation, sketch, {}, {}, quantizer.kappa, {} };
+    tq_codec codec = { rotation, sketch, {}, {}, quantizer.kappa };
     memcpy(codec.table,      quantizer.centroids,  sizeof(quantizer.centroids));
     memcpy(codec.thresholds, quantizer.thresholds, sizeof(quantizer.thresholds));
     return codec;

@@ -65,10 +65,11 @@ template <int bits>
 static __device__ void tq_encode_trellis(const tq_encode_job & job, const tq_codec & codec, const float * table, int i,
         tq_search<bits> * searches, float * quality, int lane, int warp) {
     const tq_place at = tq_find(job.rows, i);
-    const float2   x  = tq_load(job, at, lane);
-    uint16_t * block = (uint16_t *) (job.dst + tq_find_packed(job.rows, at) + at.ib*tq_block_bytes<bits>);
+    const tq_searcher<bits> searcher = tq_prepare(searches[warp], table, lane);
+    const float2   x     = tq_load(job, at, lane);
+    uint16_t *     block = (uint16_t *) (job.dst + tq_find_packed(job.rows, at) + at.ib*tq_block_bytes<bits>);
     const tq_unit  n     = tq_normalize(codec, x, lane);
-    const tq_codes codes = tq_path<bits>(codec, table, n.u, tq_multiple(warp), searches[warp], lane);
+    const tq_codes codes = tq_path(table, n.u, tq_multiple(warp), searches[warp], searcher, lane);
     const uint16_t half  = tq_halfword<TQ_KIND_TCQ, bits>(n, codes, quality[warp], lane);
     __syncthreads();
     if (warp == tq_best(quality)) {

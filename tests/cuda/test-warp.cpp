@@ -22,7 +22,7 @@ template <tq_kind kind, int bits> static void encode(const tq_codec & codec, con
         for (int k = 0; k < TQ_N_MULTIPLES; ++k) {
             warp::run([&](int lane) {
                 const tq_unit  n     = tq_normalize(codec, make_float2(x[lane], x[lane + 32]), lane);
-                const tq_codes codes = tq_path<bits>(codec, codec.table, n.u, tq_multiple(k), search, lane);
+                const tq_codes codes = tq_path(codec.table, n.u, tq_multiple(k), search, tq_prepare(search, codec.table, lane), lane);
                 float q;
                 halfwords[k][lane] = tq_halfword<kind, bits>(n, codes, q, lane);
                 quality[k] = q;
@@ -121,7 +121,7 @@ template <tq_kind kind, int bits> static float level_of(const tq_codec & codec, 
     if (kind == TQ_KIND_TCQ) {
         const uint16_t * plane = block + 1 + 4*code_bits;
         const uint64_t coded = (uint64_t) plane[0] | (uint64_t) plane[1] << 16 | (uint64_t) plane[2] << 32 | (uint64_t) plane[3] << 48;
-        code |= tq_label(codec, tq_register(__brevll(coded), i)) << code_bits;
+        code |= tq_label<bits>(tq_register(__brevll(coded), i)) << code_bits;
     }
     sign = kind == TQ_KIND_QJL && tq_plane_bit(block, code_bits, i);
     return codec.table[code];

@@ -14,6 +14,7 @@
 #include <ucontext.h>
 
 #define __device__
+#define __host__
 #define __forceinline__ inline
 
 using std::max;
