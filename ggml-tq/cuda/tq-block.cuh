@@ -229,9 +229,9 @@ static __device__ __forceinline__ uint16_t tq_halfword(const tq_unit & n, const 
 
 // block is 2-byte aligned
 template <int bits>
-static __device__ __forceinline__ void tq_store_block(uint16_t half, uint16_t * block, int lane) {
+static __device__ __forceinline__ void tq_store_block(uint16_t half, void * block, int lane) {
     if (lane < 1 + 4*bits) {
-        block[lane] = half;
+        ((uint16_t *) block)[lane] = half;
     }
 }
 

@@ -13,7 +13,7 @@ static __global__ void __launch_bounds__(32*TQ_DECODE_WARPS) tq_decode_rows(
 
     for (int64_t n = (int64_t) blockIdx.x*TQ_DECODE_WARPS + warp; n < rows.n_blocks; n += (int64_t) gridDim.x*TQ_DECODE_WARPS) {
         const tq_place at = tq_find(rows, (int) n);
-        float2 v = tq_decode_block<kind, bits>(codec, table, (const uint16_t *) (src + tq_find_packed(rows, at) + at.ib*tq_block_bytes<bits>), lane);
+        float2 v = tq_decode_block<kind, bits>(codec, table, (const uint16_t *) (src + tq_packed(rows, at, tq_row(at)) + at.ib*tq_block_bytes<bits>), lane);
         if (center.pos) {
             const int p = center.pos[(int64_t) at.i3*rows.ne1.z + at.i1];
             const int i = at.ib*64 + lane;

@@ -28,12 +28,13 @@ static __device__ __forceinline__ float2 tq_load(const tq_encode_job & job, cons
 template <tq_kind kind, int bits>
 static __device__ void tq_encode_scalar(const tq_encode_job & job, const tq_codec & codec, const float * table, int i, int lane) {
     const tq_place at = tq_find(job.rows, i);
-    const float2   x  = tq_load(job, at, lane);
-    uint16_t * block = (uint16_t *) (job.dst + tq_find_packed(job.rows, at) + at.ib*tq_block_bytes<bits>);
+    const float2   x   = tq_load(job, at, lane);
+    const int      row = tq_row(at);
     const tq_unit  n     = tq_normalize(codec, x, lane);
     const tq_codes codes = tq_quantize<kind, bits>(codec, table, n.u, lane);
     float quality;
-    tq_store_block<bits>(tq_halfword<kind, bits>(n, codes, quality, lane), block, lane);
+    const uint16_t half = tq_halfword<kind, bits>(n, codes, quality, lane);
+    tq_store_block<bits>(half, job.dst + tq_packed(job.rows, at, row) + at.ib*tq_block_bytes<bits>, lane);
 }
 
 // _mse and _qjl: a warp a block
@@ -67,13 +68,13 @@ static __device__ void tq_encode_trellis(const tq_encode_job & job, const tq_cod
     const tq_place at = tq_find(job.rows, i);
     const tq_searcher<bits> searcher = tq_prepare(searches[warp], table, lane);
     const float2   x     = tq_load(job, at, lane);
-    uint16_t *     block = (uint16_t *) (job.dst + tq_find_packed(job.rows, at) + at.ib*tq_block_bytes<bits>);
+    const int      row   = tq_row(at);
     const tq_unit  n     = tq_normalize(codec, x, lane);
     const tq_codes codes = tq_path(table, n.u, tq_multiple(warp), searches[warp], searcher, lane);
     const uint16_t half  = tq_halfword<TQ_KIND_TCQ, bits>(n, codes, quality[warp], lane);
     __syncthreads();
     if (warp == tq_best(quality)) {
-        tq_store_block<bits>(half, block, lane);
+        tq_store_block<bits>(half, job.dst + tq_packed(job.rows, at, row) + at.ib*tq_block_bytes<bits>, lane);
     }
 }
 

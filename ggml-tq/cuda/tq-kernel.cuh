@@ -17,8 +17,7 @@ struct tq_rows {
     uint3   ne1, ne2;
     int64_t packed_nb[3];
     int64_t floats_nb[3];
-    const char * index;        // nullptr: i1
-    bool    index_is_64;
+    const char * index;        // of 32 bits, or of 64 whose low half is read; nullptr: i1
     uint3   index_ne[2];       // of its dimensions 1 and 2; i2 and i3 wrap around
     int64_t index_nb[3];
 };
@@ -35,6 +34,7 @@ struct tq_place {
     int     i1, i2, i3;
     int     ib;                // in the row
     int64_t floats;            // offset in bytes, of the row
+    const int32_t * row;       // of the packed side; nullptr: i1
 };
 
 static __device__ __forceinline__ tq_place tq_find(const tq_rows & r, int i) {
@@ -47,16 +47,18 @@ static __device__ __forceinline__ tq_place tq_find(const tq_rows & r, int i) {
     p.i2 = by_ne2.y;
     p.i3 = by_ne2.x;
     p.floats = p.i1*r.floats_nb[0] + p.i2*r.floats_nb[1] + p.i3*r.floats_nb[2];
+    const char * row = r.index + p.i1*r.index_nb[0] + fastmodulo(p.i2, r.index_ne[0])*r.index_nb[1] + fastmodulo(p.i3, r.index_ne[1])*r.index_nb[2];
+    p.row = r.index ? (const int32_t *) row : nullptr;
     return p;
 }
 
-// offset in bytes of the packed row, which may be known only when earlier kernels are done
-static __device__ __forceinline__ int64_t tq_find_packed(const tq_rows & r, const tq_place & p) {
-    int64_t row = p.i1;
-    if (r.index) {
-        const char * at = r.index + p.i1*r.index_nb[0] + fastmodulo(p.i2, r.index_ne[0])*r.index_nb[1] + fastmodulo(p.i3, r.index_ne[1])*r.index_nb[2];
-        row = r.index_is_64 ? *(const int64_t *) at : *(const int32_t *) at;
-    }
+// earlier kernels may write it
+static __device__ __forceinline__ int tq_row(const tq_place & p) {
+    return p.row ? *p.row : p.i1;
+}
+
+// offset in bytes of the packed row
+static __device__ __forceinline__ int64_t tq_packed(const tq_rows & r, const tq_place & p, int row) {
     return row*r.packed_nb[0] + p.i2*r.packed_nb[1] + p.i3*r.packed_nb[2];
 }
 

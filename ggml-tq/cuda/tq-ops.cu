@@ -67,8 +67,7 @@ static tq_rows rows_of(const ggml_tensor * packed, const ggml_tensor * floats) {
 }
 
 static void set_index(tq_rows & r, const ggml_tensor * index) {
-    r.index       = (const char *) index->data;
-    r.index_is_64 = index->type == GGML_TYPE_I64;
+    r.index = (const char *) index->data;
     for (int d = 0; d < 2; ++d) {
         r.index_ne[d] = init_fastdiv_values(index->ne[d + 1]);
     }
