@@ -27,9 +27,9 @@ static __device__ __forceinline__ float2 tq_load(const tq_encode_job & job, cons
 
 template <tq_kind kind, int bits>
 static __device__ void tq_encode_scalar(const tq_encode_job & job, const tq_codec & codec, const float * table, int i, int lane) {
-    const tq_place at = tq_find(job.rows, i);
-    const float2   x   = tq_load(job, at, lane);
-    const int      row = tq_row(at);
+    const tq_place at    = tq_find(job.rows, i);
+    const float2   x     = tq_load(job, at, lane);
+    const int      row   = tq_row(at);
     const tq_unit  n     = tq_normalize(codec, x, lane);
     const tq_codes codes = tq_quantize<kind, bits>(codec, table, n.u, lane);
     float quality;
