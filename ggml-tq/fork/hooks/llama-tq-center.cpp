@@ -15,6 +15,7 @@
 #include "ggml-tq-ops.h"
 
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <stdexcept>
 #include <tuple>
@@ -203,6 +204,13 @@ static void check_pairs(const std::vector<float> & scale, const layer_rope & rop
 // tensors
 //
 
+// begins and ends as names of a cache's tensors do: what splits tensors among devices reads the layer from it
+#define CENTER_NAME "cache_tq_center_l"
+
+bool llama_tq_is_center(const ggml_tensor * t) {
+    return strncmp(t->name, CENTER_NAME, strlen(CENTER_NAME)) == 0;
+}
+
 struct llama_tq_centers::impl {
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> contexts;
     std::vector<ggml_backend_buffer_ptr>                   buffers;
@@ -259,7 +267,7 @@ llama_tq_centers::llama_tq_centers(const llama_model & model, const llama_cparam
             m.push_back(1.0f/s);
         }
         m.insert(m.end(), first.begin(), first.end());
-        ggml_format_name(center, "tq_center_l%u", layer.il);
+        ggml_format_name(center, CENTER_NAME "%u", layer.il);
         data[center] = std::move(m);
         pimpl->layers[layer.k] = { center, table };
     }

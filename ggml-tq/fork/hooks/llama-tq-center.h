@@ -36,6 +36,9 @@ private:
     std::unique_ptr<impl> pimpl;
 };
 
+// whether t is a layer's `center`; a tensor split gives each device those of its heads
+bool llama_tq_is_center(const ggml_tensor * t);
+
 // hash of a model's centers; "by the biases of the key projections"
 uint64_t    llama_tq_center_hash    (const llama_model & model);
 std::string llama_tq_center_describe(const llama_model & model);

@@ -326,9 +326,10 @@ void llama_tq_require_device(ggml_backend_dev_t dev, const llama_hparams & hpara
             " and V " + ggml_type_name(type_v) + " with head dims " + std::to_string(hparams.n_embd_head_k(il)) + " and " +
             std::to_string(hparams.n_embd_head_v(il)) + " is");
     }
-    // a device in another process has the built-in parameters
-    const bool own_process = std::string(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev))) != "RPC";
-    if (!own_process && ggml_tq_params()->hash != tq_params_default()->hash) {
+    // A device in another process has the built-in parameters. One made of several belongs to no registry, and is named after them.
+    const bool several = ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_META;
+    const std::string where = several ? ggml_backend_dev_name(dev) : ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev));
+    if (where.find("RPC") != std::string::npos && ggml_tq_params()->hash != tq_params_default()->hash) {
         throw std::runtime_error(std::string("device ") + ggml_backend_dev_name(dev) + " cannot use a model's own TurboQuant "
             "parameters; supported: the CPU (--no-kv-offload, or -ngl 0), or a model without (ggml-tq strip)");
     }
