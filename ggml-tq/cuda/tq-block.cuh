@@ -18,6 +18,7 @@
 
 static __device__ __forceinline__ float    tq_half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 static __device__ __forceinline__ uint16_t tq_float_to_half(float    f) { return __half_as_ushort(__float2half_rn(f)); }
+static __device__ __forceinline__ float    tq_saturate     (float    f) { return __saturatef(f); }
 #else
 #include "warp.h" // tests/cuda: a warp in plain C++
 #endif
@@ -366,13 +367,28 @@ static __device__ __forceinline__ int tq_free_bits(const float * table, int labe
     return best;
 }
 
+// the codes of a path
+template <int bits>
+static __device__ __forceinline__ tq_codes tq_codes_of_path(const float * table, float2 v, uint64_t coded_reversed, int lane) {
+    constexpr int free_bits = bits - 1;
+    constexpr int n_free    = 1 << free_bits;
+    const int reg_x = tq_register(coded_reversed, lane);
+    const int reg_y = tq_register(coded_reversed, lane + 32);
+    const int label_x = tq_label<bits>(reg_x);
+    const int label_y = tq_label<bits>(reg_y);
+    const int w_x = tq_free_bits<bits>(table, label_x, v.x);
+    const int w_y = tq_free_bits<bits>(table, label_y, v.y);
+    tq_codes r;
+    r.q = tq_look_up(table, label_x*n_free + w_x, label_y*n_free + w_y);
+    r.x = (uint32_t) (w_x | (reg_x & 1) << free_bits);
+    r.y = (uint32_t) (w_y | (reg_y & 1) << free_bits);
+    return r;
+}
+
 // the path of one multiple
 template <int bits>
 static __device__ __forceinline__ tq_codes tq_path(const float * table, float2 u, float multiple,
         tq_search<bits> & search, const tq_searcher<bits> & at, int lane) {
-    constexpr int free_bits = bits - 1;
-    constexpr int n_free    = 1 << free_bits;
-
     const float2 v = tq_scale(u, multiple);
     search.v[lane]      = v.x;
     search.v[lane + 32] = v.y;
@@ -408,17 +424,7 @@ static __device__ __forceinline__ tq_codes tq_path(const float * table, float2 u
     path_x = __shfl_sync(TQ_WARP, tq_extend(path_x, from_x), path_y >> 27);
     const uint64_t coded_reversed = ((uint64_t) path_x << 32 | path_y) << 5 | (uint64_t) seam;
 
-    const int reg_x = tq_register(coded_reversed, lane);
-    const int reg_y = tq_register(coded_reversed, lane + 32);
-    const int label_x = tq_label<bits>(reg_x);
-    const int label_y = tq_label<bits>(reg_y);
-    const int w_x = tq_free_bits<bits>(table, label_x, v.x);
-    const int w_y = tq_free_bits<bits>(table, label_y, v.y);
-    tq_codes r;
-    r.q = tq_look_up(table, label_x*n_free + w_x, label_y*n_free + w_y);
-    r.x = (uint32_t) (w_x | (reg_x & 1) << free_bits);
-    r.y = (uint32_t) (w_y | (reg_y & 1) << free_bits);
-    return r;
+    return tq_codes_of_path<bits>(table, v, coded_reversed, lane);
 }
 
 // the first of the best

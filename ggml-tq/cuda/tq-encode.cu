@@ -1,6 +1,8 @@
 #include "tq-kernel.cuh"
+#include "tq-trellis.cuh"
 
-#define TQ_ENCODE_WARPS 4 // a CUDA block, where a warp has a block of its own
+#define TQ_ENCODE_WARPS 4  // a CUDA block, where a warp has a block of its own
+#define TQ_MANY_BLOCKS  20 // for each multiprocessor: from here on threads search alone
 
 struct tq_encode_args {
     tq_encode_job job  [2];
@@ -100,12 +102,63 @@ static __global__ void __launch_bounds__(32*TQ_N_MULTIPLES, 1) tq_encode_rows_tc
     }
 }
 
+template <int bits>
+static __device__ void tq_encode_trellises(const tq_encode_job & job, const tq_codec & codec, const float * table, int first,
+        tq_searches<bits> & s, tq_unit * units, int lane, int warp) {
+    const int n_blocks = min(job.rows.n_blocks - first, TQ_SEARCH_BLOCKS);
+    for (int i = threadIdx.x; i < s.n_labels/2*TQ_N_CELLS; i += TQ_SEARCH_THREADS) {
+        tq_fill_near(table, s, i);
+    }
+    for (int b = warp; b < TQ_SEARCH_BLOCKS; b += TQ_SEARCH_THREADS/32) {
+        const tq_place at = tq_find(job.rows, first + min(b, n_blocks - 1));
+        const tq_unit  n  = tq_normalize(codec, tq_load(job, at, lane), lane);
+        s.u[lane]     [b] = n.u.x;
+        s.u[lane + 32][b] = n.u.y;
+        if (lane == 0) {
+            units[b] = n;
+        }
+    }
+    __syncthreads();
+    tq_search_alone(s, threadIdx.x);
+    __syncthreads();
+    for (int b = warp; b < n_blocks; b += TQ_SEARCH_THREADS/32) {
+        const tq_place at = tq_find(job.rows, first + b);
+        const int     row = tq_row(at);
+        tq_unit n = units[b];
+        n.u = make_float2(s.u[lane][b], s.u[lane + 32][b]);
+        const uint16_t half = tq_best_halfword(table, s, n, b, lane);
+        tq_store_block<bits>(half, job.dst + tq_packed(job.rows, at, row) + at.ib*tq_block_bytes<bits>, lane);
+    }
+}
+
+// _tcq, many blocks: a thread for each multiple of a block
+static __global__ void __launch_bounds__(TQ_SEARCH_THREADS, 5) tq_encode_many_tcq(const __grid_constant__ tq_encode_args args) {
+    ggml_cuda_pdl_lc();
+    __shared__ float   table[32];
+    __shared__ tq_unit units[TQ_SEARCH_BLOCKS];
+    extern __shared__ float2 searches[];
+    const int second = (int) blockIdx.x >= args.n_first;
+    const tq_encode_job & job   = args.job  [second];
+    const tq_codec      & codec = args.codec[second];
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    tq_share_table(codec, table);
+
+    const int first = ((int) blockIdx.x - (second ? args.n_first : 0))*TQ_SEARCH_BLOCKS;
+    switch (job.type) {
+        case GGML_TYPE_TQ2_TCQ: tq_encode_trellises(job, codec, table, first, *(tq_searches<2> *) searches, units, lane, warp); break;
+        case GGML_TYPE_TQ3_TCQ: tq_encode_trellises(job, codec, table, first, *(tq_searches<3> *) searches, units, lane, warp); break;
+        case GGML_TYPE_TQ4_TCQ: tq_encode_trellises(job, codec, table, first, *(tq_searches<4> *) searches, units, lane, warp); break;
+        default: break;
+    }
+}
+
 static bool is_tcq(ggml_type type) {
     return type == GGML_TYPE_TQ2_TCQ || type == GGML_TYPE_TQ3_TCQ || type == GGML_TYPE_TQ4_TCQ;
 }
 
-static int search_bytes(ggml_type type) {
-    return TQ_N_MULTIPLES*(int) (type == GGML_TYPE_TQ2_TCQ ? sizeof(tq_search<2>) : type == GGML_TYPE_TQ3_TCQ ? sizeof(tq_search<3>) : sizeof(tq_search<4>));
+template <int bits> static int search_bytes(bool many) {
+    return (int) (many ? sizeof(tq_searches<bits>) : TQ_N_MULTIPLES*sizeof(tq_search<bits>));
 }
 
 bool tq_cuda_encode_together(ggml_type a, ggml_type b) {
@@ -113,8 +166,13 @@ bool tq_cuda_encode_together(ggml_type a, ggml_type b) {
 }
 
 void tq_cuda_encode(const tq_encode_job * jobs, int n_jobs, cudaStream_t stream) {
+    int64_t n_all = 0;
+    for (int j = 0; j < n_jobs; ++j) {
+        n_all += jobs[j].rows.n_blocks;
+    }
     const bool tcq      = is_tcq(jobs[0].type);
-    const int  n_blocks = tcq ? 1 : TQ_ENCODE_WARPS; // a CUDA block
+    const bool many     = tcq && n_all >= ggml_cuda_info().devices[ggml_cuda_get_device()].nsm*TQ_MANY_BLOCKS;
+    const int  n_blocks = many ? TQ_SEARCH_BLOCKS : tcq ? 1 : TQ_ENCODE_WARPS; // a CUDA block
     tq_encode_args args = {};
     int64_t n      = 0;
     int     shared = 0;
@@ -125,15 +183,20 @@ void tq_cuda_encode(const tq_encode_job * jobs, int n_jobs, cudaStream_t stream)
         if (j == 0) {
             args.n_first = (int) n;
         }
-        if (tcq) {
-            shared = std::max(shared, search_bytes(jobs[j].type));
+        switch (jobs[j].type) {
+            case GGML_TYPE_TQ2_TCQ: shared = std::max(shared, search_bytes<2>(many)); break;
+            case GGML_TYPE_TQ3_TCQ: shared = std::max(shared, search_bytes<3>(many)); break;
+            case GGML_TYPE_TQ4_TCQ: shared = std::max(shared, search_bytes<4>(many)); break;
+            default: break;
         }
     }
     if (n == 0) {
         return;
     }
     GGML_ASSERT(n <= INT_MAX);
-    if (tcq) {
+    if (many) {
+        ggml_cuda_kernel_launch(tq_encode_many_tcq, ggml_cuda_kernel_launch_params((int) n, TQ_SEARCH_THREADS, shared, stream), args);
+    } else if (tcq) {
         ggml_cuda_kernel_launch(tq_encode_rows_tcq, ggml_cuda_kernel_launch_params((int) n, 32*TQ_N_MULTIPLES, shared, stream), args);
     } else {
         ggml_cuda_kernel_launch(tq_encode_rows, ggml_cuda_kernel_launch_params((int) n, 32*TQ_ENCODE_WARPS, 0, stream), args);

@@ -317,19 +317,21 @@ static void test_set_rows_centered(ggml_type type, std::mt19937_64 & rng, int32_
 }
 
 // keys and values of a layer, which may be one launch; keys centered
-static void test_set_rows_pair(ggml_type k, ggml_type v, std::mt19937_64 & rng) {
+static void test_set_rows_pair(ggml_type k, ggml_type v, std::mt19937_64 & rng, int64_t n) {
     run r;
-    const int64_t n = 3;
     const centers c(128, 2, 64, 1, rng);
     const int64_t n_k = c.head_dim*c.n_head;
     const int64_t n_v = 448;
     std::vector<float> x = make_rows(n_k*n, rng);
     const std::vector<float>   y   = make_rows(n_v*n, rng);
     const std::vector<int32_t> pos = make_positions(n, rng);
-    const std::vector<int64_t> index_k = { 5, 1, 4 };
-    const std::vector<int64_t> index_v = { 0, 2, 3 };
-    ggml_tensor * dst_k = ggml_new_tensor_2d(r.ctx.get(), k, n_k, 6);
-    ggml_tensor * dst_v = ggml_new_tensor_2d(r.ctx.get(), v, n_v, 5);
+    std::vector<int64_t> index_k(n), index_v(n);
+    for (int64_t i = 0; i < n; ++i) {
+        index_k[i] = n - i;
+        index_v[i] = (i + 1) % n;
+    }
+    ggml_tensor * dst_k = ggml_new_tensor_2d(r.ctx.get(), k, n_k, n + 2);
+    ggml_tensor * dst_v = ggml_new_tensor_2d(r.ctx.get(), v, n_v, n + 2);
     ggml_tensor * all   = r.input(ggml_new_tensor_3d(r.ctx.get(), GGML_TYPE_F32, n_v/7, 7, n), y);
     ggml_tensor * set_k = ggml_set_rows(r.ctx.get(), dst_k, r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, n_k, n), x),
         r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I64, n), index_k));
@@ -601,10 +603,12 @@ int main(int argc, char ** argv) {
             test_set_rows(type, rng, true,  64,   1,   0);
             test_set_rows(type, rng, true,  1024, 65,  0);
             test_set_rows(type, rng, false, 256,  301, 32);
+            test_set_rows(type, rng, true,  4096, 67,  0); // trellises: so many that threads search alone
             test_copies(type, rng);
             test_set_rows_again(type, rng);
             for (const ggml_type v : { GGML_TQ_TYPE_LIST }) {
-                test_set_rows_pair(type, v, rng);
+                test_set_rows_pair(type, v, rng, 3);
+                test_set_rows_pair(type, v, rng, 301);
             }
             for (const int32_t n_rot : { 0, 32, 96, 128 }) {
                 test_set_rows_centered(type, rng, n_rot, 0);

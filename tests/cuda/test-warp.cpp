@@ -5,6 +5,7 @@
 #include "warp.h"
 
 #include "tq-fragment.cuh"
+#include "tq-trellis.cuh"
 
 #include <cinttypes>
 #include <cstdio>
@@ -37,6 +38,28 @@ template <tq_kind kind, int bits> static void encode(const tq_codec & codec, con
             float q;
             tq_store_block<bits>(tq_halfword<kind, bits>(n, codes, q, lane), block, lane);
         });
+    }
+}
+
+// TQ_SEARCH_BLOCKS blocks, as the kernel for many
+template <int bits> static void encode_many(const tq_codec & codec, const float (* x)[64], uint16_t (* blocks)[17]) {
+    static tq_searches<bits> s;
+    tq_unit units[TQ_SEARCH_BLOCKS][32];
+    for (int i = 0; i < s.n_labels/2*TQ_N_CELLS; ++i) {
+        tq_fill_near(codec.table, s, i);
+    }
+    for (int b = 0; b < TQ_SEARCH_BLOCKS; ++b) {
+        warp::run([&](int lane) {
+            units[b][lane] = tq_normalize(codec, make_float2(x[b][lane], x[b][lane + 32]), lane);
+            s.u[lane]     [b] = units[b][lane].u.x;
+            s.u[lane + 32][b] = units[b][lane].u.y;
+        });
+    }
+    for (int t = 0; t < TQ_SEARCH_THREADS; ++t) {
+        tq_search_alone(s, t);
+    }
+    for (int b = 0; b < TQ_SEARCH_BLOCKS; ++b) {
+        warp::run([&](int lane) { tq_store_block<bits>(tq_best_halfword(codec.table, s, units[b][lane], b, lane), blocks[b], lane); });
     }
 }
 
@@ -76,8 +99,11 @@ template <tq_kind kind, int bits> static int test(tq_type type, int n_blocks) {
     const size_t   size  = tq_get_type_info(type)->block_size;
     std::mt19937_64 rng(17 + type);
     int n_bad = 0;
+    float    many     [TQ_SEARCH_BLOCKS][64];
+    uint16_t many_want[TQ_SEARCH_BLOCKS][17];
+    uint16_t many_got [TQ_SEARCH_BLOCKS][17];
     for (int i = 0; i < n_blocks; ++i) {
-        float x[64];
+        float * x = many[i % TQ_SEARCH_BLOCKS];
         make_block(rng, i, x);
         uint16_t want[17] = {};
         uint16_t got [17] = {};
@@ -86,6 +112,18 @@ template <tq_kind kind, int bits> static int test(tq_type type, int n_blocks) {
         if (memcmp(want, got, size) != 0) {
             printf("%s: block %d: encoded otherwise than the C library does\n", tq_get_type_info(type)->name, i);
             n_bad++;
+        }
+        if constexpr (kind == TQ_KIND_TCQ) {
+            memcpy(many_want[i % TQ_SEARCH_BLOCKS], want, size);
+            if (i % TQ_SEARCH_BLOCKS == TQ_SEARCH_BLOCKS - 1) {
+                encode_many<bits>(codec, many, many_got);
+                for (int b = 0; b < TQ_SEARCH_BLOCKS; ++b) {
+                    if (memcmp(many_want[b], many_got[b], size) != 0) {
+                        printf("%s: block %d: encoded among many otherwise than the C library does\n", tq_get_type_info(type)->name, i + 1 - TQ_SEARCH_BLOCKS + b);
+                        n_bad++;
+                    }
+                }
+            }
         }
         if (i % 4 == 3) { // any bytes decode
             for (size_t b = 0; b < size/2; ++b) {

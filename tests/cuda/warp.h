@@ -137,6 +137,10 @@ static inline int      __ffs (uint32_t w)             { return __builtin_ffs((in
 static inline uint32_t __float_as_uint(float f)       { return warp_unpack<uint32_t>(warp_pack(f)); }
 static inline float    __uint_as_float(uint32_t u)    { return warp_unpack<float>(u); }
 
+static inline uint32_t __funnelshift_l(uint32_t lo, uint32_t hi, uint32_t n) { return (uint32_t) (((uint64_t) hi << 32 | lo) << (n & 31) >> 32); }
+static inline float    __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+static inline float    tq_saturate(float f)           { return f > 0.0f ? std::min(f, 1.0f) : 0.0f; }
+
 static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
     uint32_t r = 0;
     for (int i = 0; i < 4; ++i) {
