@@ -13,6 +13,8 @@
 #include <random>
 #include <vector>
 
+extern "C" void tq_trellis_encode(int bits, int n_blocks, const float (* u)[64], uint8_t (* codes)[64], float (* q)[64]);
+
 static const tq_params * params = tq_params_default();
 
 template <tq_kind kind, int bits> static void encode(const tq_codec & codec, const float * x, uint16_t * block) {
@@ -92,6 +94,71 @@ static void make_block(std::mt19937_64 & rng, int i, float * x) {
         case 11: for (int j = 0; j < 64; ++j) { x[j] = std::round(x[j]/scale)*scale; } break; // ties
         default: break;
     }
+}
+
+// Both searches where much is equal: coordinates are zero, levels, or the midpoints of two.
+template <int bits> static int test_ties(tq_type type, int n_runs) {
+    const tq_codec codec = tq_make_codec(params, type);
+    static tq_searches<bits> many;
+    static tq_search<bits>   one;
+    std::mt19937_64 rng(31 + type);
+    for (int i = 0; i < many.n_labels/2*TQ_N_CELLS; ++i) {
+        tq_fill_near(codec.table, many, i);
+    }
+    int n_bad[2] = {};
+    for (int run = 0; run < n_runs; ++run) {
+        float   u   [TQ_SEARCH_BLOCKS][64];
+        uint8_t want[TQ_SEARCH_BLOCKS][64];
+        for (int b = 0; b < TQ_SEARCH_BLOCKS; ++b) {
+            float values[5] = { 0.0f };
+            for (int k = 1; k < 5; ++k) {
+                const int   x = rng() % 32;
+                const int   y = k % 2 ? x : x ^ 1;
+                const float m = k < 3 ? 1.0f : tq_multiple(rng() % TQ_N_MULTIPLES);
+                values[k] = 0.5f*(codec.table[x] + codec.table[y])/m;
+            }
+            for (int i = 0; i < 64; ++i) {
+                u[b][i] = values[rng() % (1 + b % 5)];
+                many.u[i][b] = u[b][i];
+            }
+            float q[1][64];
+            tq_trellis_encode(bits, 1, &u[b], &want[b], q);
+        }
+        for (int t = 0; t < TQ_SEARCH_THREADS; ++t) {
+            tq_search_alone(many, t);
+        }
+        for (int b = 0; b < TQ_SEARCH_BLOCKS; ++b) {
+            const auto compare = [&](int way, int lane, const tq_codes & got) {
+                for (int h = 0; h < 2; ++h) {
+                    const uint32_t w = want[b][lane + 32*h];
+                    n_bad[way] += (h ? got.y : got.x) != (w >> 1 | (w & 1) << (bits - 1));
+                }
+            };
+            tq_codes codes[TQ_N_MULTIPLES][32];
+            float    quality[TQ_N_MULTIPLES];
+            for (int k = 0; k < TQ_N_MULTIPLES; ++k) {
+                warp::run([&](int lane) {
+                    const float2 v = make_float2(u[b][lane], u[b][lane + 32]);
+                    codes[k][lane] = tq_path(codec.table, v, tq_multiple(k), one, tq_prepare(one, codec.table, lane), lane);
+                    float x;
+                    tq_halfword<TQ_KIND_TCQ, bits>({ v, 1.0f, 1.0f, 0, false }, codes[k][lane], x, lane);
+                    quality[k] = x;
+                });
+                n_bad[1] += quality[k] != many.quality[TQ_N_MULTIPLES*b + k];
+            }
+            const int best = tq_best(quality);
+            const int best_of_many = tq_best(many.quality + TQ_N_MULTIPLES*b);
+            for (int lane = 0; lane < 32; ++lane) {
+                compare(0, lane, codes[best][lane]);
+                const float2 v = tq_scale(make_float2(u[b][lane], u[b][lane + 32]), tq_multiple(best_of_many));
+                compare(1, lane, tq_codes_of_path<bits>(codec.table, v, __brevll(many.coded[TQ_N_MULTIPLES*b + best_of_many]), lane));
+            }
+        }
+    }
+    if (n_bad[0] || n_bad[1]) {
+        printf("%s: ties: %d codes of a warp's search are not those of the C library, %d codes and qualities of a thread's\n", tq_get_type_info(type)->name, n_bad[0], n_bad[1]);
+    }
+    return n_bad[0] + n_bad[1];
 }
 
 template <tq_kind kind, int bits> static int test(tq_type type, int n_blocks) {
@@ -327,6 +394,9 @@ int main(int argc, char ** argv) {
         tq_params_set_kappa(&own, TQ_TYPE_TQ3_QJL, 0.75f);
         params = &own;
     }
+    n_bad += test_ties<2>(TQ_TYPE_TQ2_TCQ, n/32);
+    n_bad += test_ties<3>(TQ_TYPE_TQ3_TCQ, n/32);
+    n_bad += test_ties<4>(TQ_TYPE_TQ4_TCQ, n/32);
     n_bad += test_center();
     printf("%d blocks a type: %s\n", n, n_bad ? "FAILED" : "OK");
     return n_bad ? 1 : 0;
