@@ -5,8 +5,9 @@
 // thousands.
 //
 // Lengths are in units of 2^-40, so squares of them and costs in units of 2^-80. Scaling by powers of two changes no other bit
-// of a sum or a product. It makes any two costs that differ differ by 1 or more (levels are at least 2^-5 in size, so distances
-// are multiples of 2^-29, and costs of 2^-58), so that a saturated difference is the outcome of a comparison, 0 or 1.
+// of a sum or a product. It makes any two costs that differ differ by 1 or more, so that a saturated difference is the outcome
+// of a comparison, 0 or 1: levels are at least 2^-5 in size, so distances less than 2^-7 are multiples of 2^-28, and costs of
+// 2^-56.
 
 #include "tq-block.cuh"
 

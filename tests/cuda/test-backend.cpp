@@ -565,6 +565,8 @@ static void test_attentions(const std::vector<ggml_type> & types, std::mt19937_6
 
 // the paths of the attention kernel, a case each: so few that a sanitizer gets through them
 static void test_few(ggml_type type, std::mt19937_64 & rng) {
+    test_set_rows(type, rng, true,  64,   3, 0);
+    test_set_rows(type, rng, true, 4096, 67, 0);
     test_attention({ type, type, 128, 128, 8, 2, 1100, 1, 1, true,  true }, rng);
     test_attention({ type, type, 128, 128, 4, 1,  300, 1, 1, false, true }, rng);
     test_attention({ type, type, 128, 128, 8, 1,  300, 1, 1, true,  true }, rng);
