@@ -1,7 +1,7 @@
 #pragma once
 
 // Section 9 for many blocks: a thread searches a path of a block by itself, all 32 states in its registers, so nothing is
-// shuffled. That takes a third of tq_path's instructions for a path, but much longer, and fills a machine only if there are
+// shuffled. That takes little more than a third of tq_path's instructions, but much longer, and fills a machine only if there are
 // thousands.
 //
 // Lengths are in units of 2^-40, so squares of them and costs in units of 2^-80. Scaling by powers of two changes no other bit
