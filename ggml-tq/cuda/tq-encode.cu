@@ -2,7 +2,7 @@
 #include "tq-trellis.cuh"
 
 #define TQ_ENCODE_WARPS 4  // a CUDA block, where a warp has a block of its own
-#define TQ_MANY_BLOCKS  20 // for each multiprocessor: from here on threads search alone
+#define TQ_MANY_BLOCKS  14 // for each multiprocessor: from here on threads search alone
 
 struct tq_encode_args {
     tq_encode_job job  [2];
