@@ -10,11 +10,10 @@ struct tq_encode_args {
     int           n_first; // CUDA blocks of job[0]
 };
 
-// A lane's coordinates. What centers keys are inputs of a graph: only the coordinates themselves wait for earlier kernels.
+// A lane's coordinates.
 static __device__ __forceinline__ float2 tq_load(const tq_encode_job & job, const tq_place & at, int lane) {
     const float * x = (const float *) (job.src + at.floats) + at.ib*64 + lane;
     if (!job.center.pos) {
-        ggml_cuda_pdl_sync();
         return make_float2(x[0], x[32]);
     }
     const tq_key_center & center = job.center;
@@ -23,7 +22,6 @@ static __device__ __forceinline__ float2 tq_load(const tq_encode_job & job, cons
     const int i    = at.ib*64 - head*center.head_dim + lane;
     const float2 m = make_float2(tq_center_at   (center, head, i, p), tq_center_at   (center, head, i + 32, p));
     const float2 s = make_float2(tq_center_scale(center, head, i, 1), tq_center_scale(center, head, i + 32, 1));
-    ggml_cuda_pdl_sync();
     return make_float2(__fmul_rn(x[0] - m.x, s.x), __fmul_rn(x[32] - m.y, s.y));
 }
 
@@ -41,7 +39,6 @@ static __device__ void tq_encode_scalar(const tq_encode_job & job, const tq_code
 
 // _mse and _qjl: a warp a block
 static __global__ void __launch_bounds__(32*TQ_ENCODE_WARPS) tq_encode_rows(const __grid_constant__ tq_encode_args args) {
-    ggml_cuda_pdl_lc(); // the next kernel may prepare itself
     __shared__ float table[32];
     const int second = (int) blockIdx.x >= args.n_first;
     const tq_encode_job & job   = args.job  [second];
@@ -82,7 +79,6 @@ static __device__ void tq_encode_trellis(const tq_encode_job & job, const tq_cod
 
 // _tcq: a warp for each multiple of a block, the best one writes it
 static __global__ void __launch_bounds__(32*TQ_N_MULTIPLES, 1) tq_encode_rows_tcq(const __grid_constant__ tq_encode_args args) {
-    ggml_cuda_pdl_lc();
     __shared__ float table[32];
     __shared__ float quality[TQ_N_MULTIPLES];
     extern __shared__ float2 searches[];
@@ -133,7 +129,6 @@ static __device__ void tq_encode_trellises(const tq_encode_job & job, const tq_c
 
 // _tcq, many blocks: a thread for each multiple of a block
 static __global__ void __launch_bounds__(TQ_SEARCH_THREADS, 5) tq_encode_many_tcq(const __grid_constant__ tq_encode_args args) {
-    ggml_cuda_pdl_lc();
     __shared__ float   table[32];
     __shared__ tq_unit units[TQ_SEARCH_BLOCKS];
     extern __shared__ float2 searches[];
@@ -194,11 +189,13 @@ void tq_cuda_encode(const tq_encode_job * jobs, int n_jobs, cudaStream_t stream)
         return;
     }
     GGML_ASSERT(n <= INT_MAX);
+    // Not as programmatic launches: the op alone would take less, but a step of a model took 10 us a layer more.
     if (many) {
-        ggml_cuda_kernel_launch(tq_encode_many_tcq, ggml_cuda_kernel_launch_params((int) n, TQ_SEARCH_THREADS, shared, stream), args);
+        tq_encode_many_tcq<<<(int) n, TQ_SEARCH_THREADS, shared, stream>>>(args);
     } else if (tcq) {
-        ggml_cuda_kernel_launch(tq_encode_rows_tcq, ggml_cuda_kernel_launch_params((int) n, 32*TQ_N_MULTIPLES, shared, stream), args);
+        tq_encode_rows_tcq<<<(int) n, 32*TQ_N_MULTIPLES, shared, stream>>>(args);
     } else {
-        ggml_cuda_kernel_launch(tq_encode_rows, ggml_cuda_kernel_launch_params((int) n, 32*TQ_ENCODE_WARPS, 0, stream), args);
+        tq_encode_rows<<<(int) n, 32*TQ_ENCODE_WARPS, 0, stream>>>(args);
     }
+    CUDA_CHECK(cudaGetLastError());
 }

@@ -4,6 +4,10 @@
 evaluate.py quality   --bin DIR --text FILE --types f16,q4_0,tq3_tcq -o OUT.jsonl MODEL...
 evaluate.py retrieval --bin DIR --text FILE --types f16,q4_0,tq3_tcq -o OUT.jsonl MODEL...
 evaluate.py bench     --bin DIR             --types f16,q4_0,tq3_tcq -o OUT.jsonl MODEL...
+evaluate.py parity    --bin DIR --text FILE --types f16,q4_0,tq3_tcq -o OUT.jsonl MODEL...
+
+parity: divergence of the GPU's logits from the CPU's with the same cache, and of that cache from f16 on the GPU.
+Weights in F32 (llama-quantize --allow-requantize MODEL OUT F32) keep what is not the cache's out of it.
 
 From the standard library; tables and plots are made of the records elsewhere. retrieval wants llama-server, which
 build.sh builds when it is named. A run that fails is named, and the others go on.
@@ -12,7 +16,9 @@ build.sh builds when it is named. A run that fails is named, and the others go o
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -72,9 +78,31 @@ def speed(args: argparse.Namespace, model: Path) -> str:
     return f"{len(session.rounds.read()[0])} rounds"
 
 
+def parity(args: argparse.Namespace, model: Path, pair: runs.Pair) -> str:
+    program = perplexity.Program(args.bin)
+    chunks = max(1, args.tokens // args.context)
+    sizes = {"context": args.context, "chunks": chunks, "threads": args.threads}
+    cpu = perplexity.options(args.context, "-ngl", "0", "-dev", "none")
+    gpu = perplexity.options(args.context, *args.flags.split())
+    with tempfile.TemporaryDirectory(dir=args.scratch.parent) as folder:
+        logits = Path(folder) / "logits"
+
+        def kld(base: perplexity.Base, path: runs.PathKind) -> runs.Figure:
+            return perplexity.compare(program, model, base, pair, path, flags=gpu, **sizes)[1]["kld"]
+
+        base = perplexity.compute_base(program, model, args.text, logits, flags=cpu, pair=pair, **sizes)
+        record = {"batched": kld(base, "batched"), "decode": kld(base, "decode")}
+        base = perplexity.compute_base(program, model, args.text, logits, flags=gpu, **sizes)
+        record["from_f16"] = kld(base, "batched")
+    where = {"model": model.name, "text": args.text.name, "cpu": runs.cpu(), "gpu": program.devices(), **sizes}
+    with args.output.open("a") as file:
+        file.write(json.dumps({**where, "pair": str(pair), **record}) + "\n")
+    return f"GPU from CPU {record['batched']}, one at a time {record['decode']}; from f16 {record['from_f16']}"
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("quality", "retrieval", "bench"))
+    parser.add_argument("what", choices=("quality", "retrieval", "bench", "parity"))
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--bin", type=Path, required=True)
     parser.add_argument("--types", required=True)
@@ -82,10 +110,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("-t", "--threads", type=int, default=16)
     parser.add_argument("--flags", default="-ngl 99")
     parser.add_argument("--build", default="", help="what to record of the build, such as its commit")
-    parser.add_argument("--text", type=Path, help="quality, retrieval")
-    parser.add_argument("-c", "--context", type=int, default=2048, help="quality")
+    parser.add_argument("--text", type=Path, help="all but bench")
+    parser.add_argument("-c", "--context", type=int, default=2048, help="quality, parity")
     parser.add_argument("--path", choices=runs.PATHS, default="batched", help="quality")
-    parser.add_argument("--tokens", type=int, default=matrix.TOKENS, help="quality")
+    parser.add_argument("--tokens", type=int, default=matrix.TOKENS, help="quality, parity")
     parser.add_argument(
         "--scratch", type=Path, default=Path("/tmp/eval-cache"), help="quality: where f16 logits are kept"
     )
@@ -111,7 +139,8 @@ def main() -> int:
                 if args.what == "bench":
                     said = speed(args, model)
                 else:
-                    said = (quality if args.what == "quality" else needles)(args, model, runs.Pair.parse(types))
+                    what = {"quality": quality, "retrieval": needles, "parity": parity}[args.what]
+                    said = what(args, model, runs.Pair.parse(types))
             except runs.EvalError as error:
                 failed += 1
                 said = str(error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -585,19 +586,38 @@ def test_draft_model_with_centers_of_its_own(fork: Fork, random_model: RandomMod
     assert drafted["timings"]["draft_n_accepted"] > 20
 
 
-@pytest.fixture
-def remote(fork: Fork, tmp_path: Path) -> Iterator[tuple[object, ...]]:
-    port = free_port()
-    log = tmp_path / "rpc.log"
-    with fork.background(log, "ggml-rpc-server", "--host", "127.0.0.1", "--port", port) as process:
-        wait_until(lambda: listening(port), process, log)
-        yield ("--rpc", f"127.0.0.1:{port}", "-ngl", 99)
-        assert process.poll() is None
+@contextmanager
+def remote(fork: Fork, folder: Path, n: int) -> Iterator[tuple[object, ...]]:
+    """Options for n devices in other processes."""
+    with ExitStack() as stack:
+        ports = []
+        for i in range(n):
+            port = free_port()
+            log = folder / f"rpc-{i}.log"
+            process = stack.enter_context(
+                fork.background(log, "ggml-rpc-server", "--host", "127.0.0.1", "--port", port)
+            )
+            wait_until(lambda port=port: listening(port), process, log)  # type: ignore[misc]
+            ports.append(port)
+        yield ("--rpc", ",".join(f"127.0.0.1:{port}" for port in ports), "-ngl", 99)
 
 
-def test_a_remote_device(divergence: Divergence, kinds: dict[str, Path], remote: tuple[object, ...]) -> None:
-    for kind in ("bias", "mean"):
-        divergence.bases[kinds[kind], 256, 1] = divergence.base(kinds["bias"], 256, 1)
-        for options in ((), ("-ub", 1)):
-            here, there = (divergence.measure(kinds[kind], ("tq4_tcq", "f16"), *o) for o in (options, remote + options))
-            assert there == pytest.approx(here, rel=0.02)
+def test_a_remote_device(fork: Fork, divergence: Divergence, kinds: dict[str, Path], tmp_path: Path) -> None:
+    with remote(fork, tmp_path, 1) as there_options:
+        for kind in ("bias", "mean"):
+            divergence.bases[kinds[kind], 256, 1] = divergence.base(kinds["bias"], 256, 1)
+            for options in ((), ("-ub", 1)):
+                here, there = (
+                    divergence.measure(kinds[kind], ("tq4_tcq", "f16"), *o) for o in (options, options + there_options)
+                )
+                assert there == pytest.approx(here, rel=0.02)
+
+
+def test_heads_split_among_devices(fork: Fork, divergence: Divergence, kinds: dict[str, Path], tmp_path: Path) -> None:
+    """Each device has the centers of its heads; with those of others the divergence would be far above the bound."""
+    with remote(fork, tmp_path, 2) as options:
+        for kind in ("bias", "mean"):
+            divergence.bases[kinds[kind], 256, 1] = divergence.base(kinds["bias"], 256, 1)
+            assert (
+                divergence.measure(kinds[kind], ("tq4_tcq", "f16"), *options, "-sm", "tensor") < COST * BOUND["tq4_tcq"]
+            )

@@ -251,7 +251,7 @@ def _check_chunks(log: str, wanted: int) -> None:
 
 @dataclass(frozen=True)
 class Base:
-    """Logits of the f16 cache, with what else that run said."""
+    """Logits to compare with, those of the f16 cache as a rule, with what else that run said."""
 
     logits: Path
     cache: Printed
@@ -268,8 +268,9 @@ def compute_base(
     threads: int,
     flags: Sequence[str],
     progress: Progress = _no_progress,
+    pair: Pair = F16,
 ) -> Base:
-    """Write the logits of the f16 cache to `out`; raises EvalError if they do not fit or the file is not whole."""
+    """Write the logits of a cache of `pair` to `out`; raises EvalError if they do not fit or the file is not whole."""
     checked = False
 
     def on_output(log: str) -> None:
@@ -280,12 +281,15 @@ def compute_base(
         progress(len(re.findall(r"\[\d+\]", log)))
 
     args = [*_args(model, context, threads, flags), "-f", text, "--chunks", chunks]
-    log = program.run([*args, "-ctk", "f16", "-ctv", "f16", "--save-all-logits", out], on_output)
+    k, v = pair.types
+    log = program.run(
+        [*args, "-ctk", k, "-ctv", v, "--save-all-logits", out], on_output, extra_environment=pair.environment
+    )
     _check_chunks(log, chunks)
     if "Final estimate" not in log:
         raise EvalError(f"no result from {PROGRAM}: {reason(log)}")
     check_logits(out, context, chunks)
-    return Base(out, printed_cache(log, F16))
+    return Base(out, printed_cache(log, pair))
 
 
 def compare(
