@@ -325,7 +325,7 @@ struct unit {
                     const float * xb  = x + r*a.k.n + b*TQ_BLOCK_SIZE;
                     const float   max = max_magnitude(TQ_BLOCK_SIZE, xb);
                     const int64_t i   = (b*a.k.n_parts + part)*ROWS + r;
-                    tq_tile_split(xb, nullptr, max, s.qn + i);
+                    tq_tile_split(false, xb, nullptr, max, s.qn + i);
                     s.qs[i] = tq_tile_number_scale(max)*a.k.type.unit[part];
                 }
             }
@@ -373,7 +373,7 @@ struct unit {
         const bool *  used = this->used + slot*CELLS;
         memset(s.tile, 0, n_rows*CELLS*sizeof(float));
         if (a.k.tiles) {
-            int8_t bytes[2][TQ_TILE_SIZE];
+            alignas(64) int8_t bytes[2][TQ_TILE_SIZE];
             float  d[CELLS];
             for (int64_t b = 0; b < a.k.n_blocks(); ++b) {
                 const char * first = a.k.row(cell, k_head(), stream) + b*a.k.block_size;
@@ -403,9 +403,7 @@ struct unit {
         if (a.center.pos) { // what centering took from the keys
             tq_center_cells cells;
             tq_center_cells_init(&cells, (const int32_t *) ((const char *) a.center.pos->data + stream*a.center.pos->nb[1]) + cell, used);
-            for (int64_t r = 0; r < n_rows; ++r) {
-                tq_center_scores(&a.center.center, &qc[r], &cells, s.tile + r*CELLS);
-            }
+            tq_center_scores(&a.center.center, qc, (int) n_rows, &cells, s.tile, CELLS);
         }
         for (int64_t r = 0; r < n_rows; ++r) {
             const float * x = s.tile + r*CELLS;
@@ -499,10 +497,10 @@ struct unit {
             const float * w = s.weights + r*RANGE;
             max[r] = max_of(n, [&](int64_t i) { return fabsf(w[i]*d[i]); });
             for (int64_t slot = 0; slot < n_slots; ++slot) {
-                tq_tile_split(w + slot*CELLS, d + slot*CELLS, max[r], s.pn + slot*ROWS + r);
+                tq_tile_split(true, w + slot*CELLS, d + slot*CELLS, max[r], s.pn + slot*ROWS + r);
             }
         }
-        int8_t bytes[2][TQ_TILE_SIZE];
+        alignas(64) int8_t bytes[2][TQ_TILE_SIZE];
         for (int64_t part = 0; part < a.v.n_parts; ++part) {
             memset(s.sums + part*ROWS*TQ_BLOCK_SIZE, 0, n_rows*TQ_BLOCK_SIZE*sizeof(int32_t));
         }
