@@ -57,7 +57,7 @@ ALWAYS_INLINE TARGET_AVX2 void avx2_unpack_type(enum tq_kind kind, int bits, con
         const uint8_t * row[4];
         for (int r = 0; r < 4; ++r) {
             row[r] = row_at(first, stride, n_rows, 4*g + r);
-            prefetch(row[r], N*stride); // the next tile is likely to be wanted
+            prefetch(row[r], N*stride, bits); // the next tile is likely to be wanted
             row[r] += sizeof(uint16_t);
         }
         // a plane: a row's 64 bits beside those of the next
@@ -166,6 +166,7 @@ ALWAYS_INLINE TARGET_AVX2 void avx2_multiply_n(int n, int n_vec, const int8_t * 
                 memcpy(&four, numbers[r].digits + 8*k, sizeof(four));
                 for (int l = 0; l < n_vec; ++l) {
                     s[r][l] = _mm256_add_epi32(s[r][l], _mm256_madd_epi16(x[l], _mm256_set1_epi64x(four)));
+                    IN_REGISTER(s[r][l]);
                 }
             }
         }

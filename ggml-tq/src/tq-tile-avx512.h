@@ -83,7 +83,7 @@ ALWAYS_INLINE TARGET_AVX512 void avx512_arrange_values(int8_t (* rows)[N], int8_
 ALWAYS_INLINE TARGET_AVX512 void avx512_unpack_rows(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * first, size_t stride, int n_rows, int8_t (* rows)[N][N]) {
     for (int r = 0; r < N; ++r) {
         const uint8_t * block = row_at(first, stride, n_rows, r);
-        prefetch(block, N*stride); // the next tile is likely to be wanted
+        prefetch(block, N*stride, bits); // the next tile is likely to be wanted
         avx512_unpack_block(kind, bits, table, block, &rows[0][r], &rows[1][r]);
     }
 }
@@ -144,6 +144,8 @@ ALWAYS_INLINE TARGET_AVX512 void avx512_multiply(int n, const int8_t * bytes, co
             for (int l = 0; l < 4; ++l) {
                 hi[r][l] = _mm512_dpbusd_epi32(hi[r][l], b[l], vh);
                 lo[r][l] = _mm512_dpbusd_epi32(lo[r][l], b[l], vw);
+                IN_REGISTER(hi[r][l]);
+                IN_REGISTER(lo[r][l]);
             }
         }
     }

@@ -23,11 +23,13 @@
 // functions for more than this file is compiled for
 #if defined(__GNUC__) || defined(__clang__)
 #define TARGET(features) __attribute__((target(features)))
+#define IN_REGISTER(x) __asm__("" : "+v"(x)) // of a sum in a loop; gcc copies each to another register and back otherwise
 #define CPU_HAS_AVX2   __builtin_cpu_supports("avx2") // and F16C, which came before
 #define CPU_HAS_AVX512 (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
     __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
 #else
 #define TARGET(features)
+#define IN_REGISTER(x)
 #ifdef __AVX2__
 #define CPU_HAS_AVX2 true
 #else
@@ -74,12 +76,15 @@ struct tq_tile_type tq_tile_type_init(const struct tq_params * params, enum tq_t
 // what implementations share
 //
 
-ALWAYS_INLINE void prefetch(const uint8_t * p, size_t distance) {
+// a block of bits a coordinate that lies distance bytes on, perhaps in two lines
+ALWAYS_INLINE void prefetch(const uint8_t * block, size_t distance, int bits) {
 #if defined(__GNUC__) || defined(__clang__)
-    __builtin_prefetch((const void *) ((uintptr_t) p + distance));
+    __builtin_prefetch((const void *) ((uintptr_t) block + distance));
+    __builtin_prefetch((const void *) ((uintptr_t) block + distance + 8*bits + 1));
 #else
-    (void) p;
+    (void) block;
     (void) distance;
+    (void) bits;
 #endif
 }
 
