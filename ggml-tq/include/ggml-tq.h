@@ -170,7 +170,10 @@ struct tq_tile_type tq_tile_type_init(const struct tq_params * params, enum tq_t
 void tq_tile_unpack(const struct tq_tile_type * tile, bool values, const void * first, size_t stride, int n_rows,
         int8_t (* dst)[TQ_TILE_SIZE]);
 
-// their scales d[64], 0 from n_rows on
+// a hint that size bytes of each of these rows will be wanted, though not next
+void tq_tile_prefetch(const void * first, size_t stride, int n_rows, size_t size);
+
+// the scales of such blocks, d[64], 0 from n_rows on
 void tq_tile_scales(const void * first, size_t stride, int n_rows, float * d);
 
 // x[64]*weights[64] (NULL: ones) in units of tq_tile_number_scale(max); max is at least the largest magnitude of them. All 0 if

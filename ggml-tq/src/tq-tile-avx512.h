@@ -123,15 +123,18 @@ TARGET_AVX512 static void avx512_split(bool values, const float * x, const float
 }
 
 ALWAYS_INLINE TARGET_AVX512 void avx512_multiply(int n, const int8_t * bytes, const struct tq_tile_numbers * numbers, int32_t * sums, size_t step) {
-    __m512i hi[4][4];
-    __m512i lo[4][4];
+    __m512i hi[2][4];
+    __m512i lo[2][4];
     for (int r = 0; r < n; ++r) {
+        UNROLL
         for (int l = 0; l < 4; ++l) {
-            hi[r][l] = lo[r][l] = _mm512_setzero_si512();
+            hi[r][l] = _mm512_setzero_si512();
+            lo[r][l] = _mm512_setzero_si512();
         }
     }
     for (int g = 0; g < N/4; ++g, bytes += 4*N) {
         __m512i b[4];
+        UNROLL
         for (int l = 0; l < 4; ++l) {
             b[l] = _mm512_loadu_si512(bytes + l*N);
         }
@@ -141,9 +144,13 @@ ALWAYS_INLINE TARGET_AVX512 void avx512_multiply(int n, const int8_t * bytes, co
             memcpy(&w, numbers[r].digits + 4*g + N, sizeof(w));
             const __m512i vh = _mm512_set1_epi32(h);
             const __m512i vw = _mm512_set1_epi32(w);
+            UNROLL
             for (int l = 0; l < 4; ++l) {
                 hi[r][l] = _mm512_dpbusd_epi32(hi[r][l], b[l], vh);
                 lo[r][l] = _mm512_dpbusd_epi32(lo[r][l], b[l], vw);
+            }
+            UNROLL
+            for (int l = 0; l < 4; ++l) {
                 IN_REGISTER(hi[r][l]);
                 IN_REGISTER(lo[r][l]);
             }
@@ -151,6 +158,7 @@ ALWAYS_INLINE TARGET_AVX512 void avx512_multiply(int n, const int8_t * bytes, co
     }
     for (int r = 0; r < n; ++r, sums += step) {
         const __m512i shift = _mm512_set1_epi32(128*numbers[r].sum);
+        UNROLL
         for (int l = 0; l < 4; ++l) {
             const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(hi[r][l], 7), lo[r][l]), shift);
             _mm512_storeu_si512(sums + 16*l, _mm512_add_epi32(_mm512_loadu_si512(sums + 16*l), sum));

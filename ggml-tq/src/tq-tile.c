@@ -23,12 +23,14 @@
 // functions for more than this file is compiled for
 #if defined(__GNUC__) || defined(__clang__)
 #define TARGET(features) __attribute__((target(features)))
+#define UNROLL _Pragma("GCC unroll 8")
 #define IN_REGISTER(x) __asm__("" : "+v"(x)) // of a sum in a loop; gcc copies each to another register and back otherwise
 #define CPU_HAS_AVX2   __builtin_cpu_supports("avx2") // and F16C, which came before
 #define CPU_HAS_AVX512 (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
     __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
 #else
 #define TARGET(features)
+#define UNROLL
 #define IN_REGISTER(x)
 #ifdef __AVX2__
 #define CPU_HAS_AVX2 true
@@ -141,8 +143,10 @@ static const struct tq_tile_functions * const all_tiles[] = {
     &tile_avx512,
     &tile_avx2,
 #endif
-#ifdef TQ_TILE_NEON
+#ifdef TQ_TILE_DOTPROD
     &tile_dotprod,
+#endif
+#ifdef TQ_TILE_NEON
     &tile_neon,
 #endif
     &tile_portable,
@@ -192,6 +196,20 @@ const struct tq_tile_functions * tq_tile(void) {
 
 void tq_tile_unpack(const struct tq_tile_type * tile, bool values, const void * first, size_t stride, int n_rows, int8_t (* dst)[TQ_TILE_SIZE]) {
     tq_tile()->unpack(tile, values, first, stride, n_rows, dst);
+}
+
+void tq_tile_prefetch(const void * first, size_t stride, int n_rows, size_t size) {
+#if defined(__GNUC__) || defined(__clang__)
+    const char * row = first;
+    for (int r = 0; r < n_rows; ++r, row += stride) {
+        for (size_t i = 0; i < size; i += 64) {
+            __builtin_prefetch(row + i, 0, 2);
+        }
+        __builtin_prefetch(row + size - 1, 0, 2);
+    }
+#else
+    (void) first, (void) stride, (void) n_rows, (void) size;
+#endif
 }
 
 void tq_tile_scales(const void * first, size_t stride, int n_rows, float * d) {

@@ -1,5 +1,6 @@
 // The C library against docs/format.md: sizes, distortion, bias, scores, special rows, bounds.
-// usage: test-tq [seed]; without a seed the inputs are fresh at each run, and the seed is printed.
+// usage: test-tq [seed [tiles]]; without a seed the inputs are fresh at each run, and the seed is printed. tiles: only what attention
+// works with, of which there are several implementations (an emulator takes minutes for the rest).
 
 #include "ggml-tq.h"
 
@@ -510,9 +511,10 @@ static void test_implementations(void) {
         rng_normal(x[0], N_QUERIES*128, 1.0f);
         rng_normal(m, 128, 5.0f);
         float max = 0.0f;
-        for (int i = 0; i < N_QUERIES*128; ++i) {
-            x[0][i] *= i == 77 ? 0.0f : 1.0f;
-            max = fmaxf(max, fabsf(x[0][i]));
+        for (int k = 0; k < N_QUERIES; ++k) {
+            for (int i = 0; i < 128; ++i) {
+                max = fmaxf(max, fabsf(x[k][i]));
+            }
         }
         for (int i = 0; i < 64; ++i) {
             weights[i] = i < n_rows ? (float) rng_uniform() : 0.0f;
@@ -652,6 +654,8 @@ int main(int argc, char ** argv) {
     rng_state = seed;
     printf("seed %" PRIu64 "\n", seed);
 
+    const bool tiles_only = argc > 2 && strcmp(argv[2], "tiles") == 0;
+
     params = tq_params_default();
     test_types();
     test_params();
@@ -661,18 +665,19 @@ int main(int argc, char ** argv) {
     const struct tq_params * sets[] = { tq_params_default(), &seeded };
     for (int i = 0; i < 2; ++i) {
         params = sets[i];
-        test_rotation();
-        test_distortion();
-        test_dot();
         for (int k = 0; tq_tile_name(k); ++k) {
             tq_tile_use(tq_tile_name(k));
             test_tiles();
         }
-        tq_tile_use(tq_tile_name(0));
         test_implementations();
-        test_scaling();
-        test_special_rows();
-        test_batches();
+        if (!tiles_only) {
+            test_rotation();
+            test_distortion();
+            test_dot();
+            test_scaling();
+            test_special_rows();
+            test_batches();
+        }
     }
     for (int k = 0; tq_tile_name(k); ++k) {
         tq_tile_use(tq_tile_name(k));

@@ -377,6 +377,9 @@ struct unit {
         const int64_t cell = slots[slot];
         const bool *  used = this->used + slot*CELLS;
         memset(s.tile, 0, n_rows*CELLS*sizeof(float));
+        if (a.v.tiles) {
+            tq_tile_prefetch(a.v.row(cell, v_head(), stream), a.v.t->nb[1], (int) n_cells(cell), a.v.n_blocks()*a.v.block_size);
+        }
         if (a.k.tiles) {
             alignas(64) int8_t bytes[2][TQ_TILE_SIZE];
             float  d[CELLS];
