@@ -78,30 +78,78 @@ static int32_t run_of(int32_t pos) {
     return pos <= 0 ? -1 : tq_center_clamp(pos)/PAGE; // -1: position 0
 }
 
+// cell j joins a run
+static void add_cell(struct tq_center_cells * cells, struct tq_center_run * run, int j, int32_t pos) {
+    const int n = run->first + run->n;
+    cells->cell[n] = (uint8_t) j;
+    cells->at  [n] = (uint8_t) (tq_center_clamp(pos)%PAGE);
+    run->in_order  = run->in_order && (run->n == 0 || (cells->at[n] == cells->at[n - 1] + 1 && cells->cell[n] == cells->cell[n - 1] + 1));
+    run->n++;
+}
+
+// cells that are all used, at one position after the other: most tiles of one sequence. False if they are not.
+static bool add_sequence(struct tq_center_cells * cells, const int32_t * pos, const bool * used) {
+    int32_t other = pos[0] <= 0;
+    for (int j = 0; j < N; ++j) {
+        other |= (pos[j] ^ (int32_t) ((uint32_t) pos[0] + (uint32_t) j)) | !used[j];
+    }
+    if (other) {
+        return false;
+    }
+    const int at = tq_center_clamp(pos[0])%PAGE;
+    const int n  = PAGE - at < N ? PAGE - at : N; // in the first page
+    for (int j = 0; j < N; ++j) {
+        cells->cell[j] = (uint8_t) j;
+        cells->at  [j] = (uint8_t) (at + j);
+    }
+    cells->n_runs  = n < N ? 2 : 1;
+    cells->runs[0] = (struct tq_center_run) { run_of(pos[0]),     0, n,     true };
+    cells->runs[1] = (struct tq_center_run) { run_of(pos[N - 1]), n, N - n, true };
+    return true;
+}
+
 void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, const bool * used) {
+    if (add_sequence(cells, pos, used)) {
+        return;
+    }
+    // pages as they come, which are few unless sequences alternate
+    enum { MAX_RUNS = 4 };
+    int n = 0; // cells
+    int i = -1;
+    for (int j = 0; j < N && i < MAX_RUNS; ++j) {
+        if (used[j]) {
+            const int32_t page = run_of(pos[j]);
+            if (i < 0 || cells->runs[i].page != page) {
+                cells->runs[++i] = (struct tq_center_run) { page, n, 0, true };
+            }
+            add_cell(cells, &cells->runs[i], j, pos[j]);
+            n++;
+        }
+    }
+    cells->n_runs = i + 1;
+    if (i < MAX_RUNS) {
+        return;
+    }
+    // a page's cells together
     bool done[N];
-    int n = 0;
     for (int j = 0; j < N; ++j) {
         done[j] = !used[j];
     }
+    n = 0;
     cells->n_runs = 0;
     for (int first = 0; first < N; ++first) {
         if (done[first]) {
             continue;
         }
-        struct tq_center_run run = { run_of(pos[first]), n, 0, true };
+        struct tq_center_run * run = &cells->runs[cells->n_runs++];
+        *run = (struct tq_center_run) { run_of(pos[first]), n, 0, true };
         for (int j = first; j < N; ++j) {
-            if (done[j] || run_of(pos[j]) != run.page) {
-                continue;
+            if (!done[j] && run_of(pos[j]) == run->page) {
+                add_cell(cells, run, j, pos[j]);
+                done[j] = true;
+                n++;
             }
-            done[j] = true;
-            cells->cell[n] = (uint8_t) j;
-            cells->at  [n] = (uint8_t) (tq_center_clamp(pos[j])%PAGE);
-            run.in_order = run.in_order && (run.n == 0 || (cells->at[n] == cells->at[n - 1] + 1 && cells->cell[n] == cells->cell[n - 1] + 1));
-            run.n++;
-            n++;
         }
-        cells->runs[cells->n_runs++] = run;
     }
 }
 
@@ -116,15 +164,16 @@ static void score_run(const struct tq_center * center, const struct tq_center_qu
         w[r] = queries[r].w + n_rot;
     }
     bool done[PAGE/BLOCK] = { false };
-    for (int j = 0; j < run->n; ++j) {
+    for (int j = 0; j < run->n; j += run->in_order ? BLOCK - at[j]%BLOCK : 1) {
         const int b = at[j]/BLOCK;
         if (done[b]) {
             continue;
         }
         done[b] = true;
         for (int r = 0; r < n; ++r) {
+            const float rest = queries[r].w[2*n_rot];
             for (int i = 0; i < BLOCK; ++i) {
-                sums[r][b*BLOCK + i] = queries[r].w[2*n_rot];
+                sums[r][b*BLOCK + i] = rest;
             }
         }
         if (n_rot > 0) {
@@ -134,8 +183,10 @@ static void score_run(const struct tq_center * center, const struct tq_center_qu
     for (int r = 0; r < n; ++r) {
         float * to = scores + r*step;
         if (run->in_order) {
+            const float * from = sums[r] + at[0];
+            to += cell[0];
             for (int j = 0; j < run->n; ++j) {
-                to[cell[0] + j] += sums[r][at[0] + j];
+                to[j] += from[j];
             }
         } else {
             for (int j = 0; j < run->n; ++j) {
