@@ -3,101 +3,167 @@
 // Tiles with AVX-512, VBMI and VNNI. Included by tq-tile.c.
 //
 // Bytes by bytes: a number is two digits, 128*hi + lo. Keys: [16 groups of 4 coordinates][64 rows][4]; values: [16 groups of 4
-// rows][64 coordinates in the order of avx512_coordinate()][4].
+// rows][64 coordinates][4], coordinates in the order of avx512_coordinate(), in which unpacking finds them. pmaddubsw's heir
+// multiplies bytes of which one side is not signed: a level is stored as level + 128.
 
 #ifdef TQ_TILE_X86
 
 #define TARGET_AVX512 TARGET("avx512f,avx512bw,avx512vbmi,avx512vnni")
 
-ALWAYS_INLINE TARGET_AVX512 void avx512_unpack_block(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * block, int8_t (* levels)[N], int8_t (* signs)[N]) {
-    uint64_t w[8];
-    const int n = index_planes(kind, bits, block, w);
-    __m512i index = _mm512_setzero_si512();
-    for (int p = 0; p < n; ++p) {
-        index = _mm512_mask_add_epi8(index, w[p], index, _mm512_set1_epi8((char) (1 << p)));
-    }
-    _mm512_storeu_si512(levels, _mm512_permutexvar_epi8(index, _mm512_loadu_si512(table)));
-    if (kind == TQ_KIND_QJL) {
-        _mm512_storeu_si512(signs, _mm512_mask_blend_epi8(w[bits - 1], _mm512_set1_epi8(-1), _mm512_set1_epi8(1)));
+static int avx512_coordinate(int i) {
+    return i%8*8 + i/8;
+}
+
+// mask ? a : b, bit by bit
+#define AVX512_SELECT(mask, a, b) _mm512_ternarylogic_epi64(_mm512_set1_epi8((char) (mask)), a, b, 0xca)
+
+// bits of b, shift places on, for those of a that are not in the mask, and the other way round
+ALWAYS_INLINE TARGET_AVX512 void avx512_exchange(__m512i * a, __m512i * b, int shift, int mask) {
+    const __m512i x = *a;
+    *a = AVX512_SELECT(mask, x, _mm512_slli_epi64(*b, shift));
+    *b = AVX512_SELECT(mask, _mm512_srli_epi64(x, shift), *b);
+}
+
+// bytes of rows 4*l to 4*l + 3 in lane l
+ALWAYS_INLINE TARGET_AVX512 __m512i avx512_load_rows(const uint8_t * const * row, size_t offset) {
+    __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) (row[0] + offset)));
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (row[ 4] + offset)), 1);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (row[ 8] + offset)), 2);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (row[12] + offset)), 3);
+    return x;
+}
+
+// Two planes of rows 4*l + r in lane l of x[r]: first[h] becomes 4 bytes, from 4*h on, of the first plane of each row, lane l:
+// rows 4*l to 4*l + 3; of values the rows' bytes k beside each other. The same of the second plane.
+ALWAYS_INLINE TARGET_AVX512 void avx512_beside(bool values, const __m512i * x, __m512i * first, __m512i * second) {
+    if (values) {
+        const __m512i ab0 = _mm512_unpacklo_epi8(x[0], x[1]), cd0 = _mm512_unpacklo_epi8(x[2], x[3]);
+        const __m512i ab1 = _mm512_unpackhi_epi8(x[0], x[1]), cd1 = _mm512_unpackhi_epi8(x[2], x[3]);
+        first [0] = _mm512_unpacklo_epi16(ab0, cd0);
+        first [1] = _mm512_unpackhi_epi16(ab0, cd0);
+        second[0] = _mm512_unpacklo_epi16(ab1, cd1);
+        second[1] = _mm512_unpackhi_epi16(ab1, cd1);
+    } else {
+        const __m512i ab0 = _mm512_unpacklo_epi32(x[0], x[1]), cd0 = _mm512_unpacklo_epi32(x[2], x[3]);
+        const __m512i ab1 = _mm512_unpackhi_epi32(x[0], x[1]), cd1 = _mm512_unpackhi_epi32(x[2], x[3]);
+        first [0] = _mm512_unpacklo_epi64(ab0, cd0);
+        first [1] = _mm512_unpackhi_epi64(ab0, cd0);
+        second[0] = _mm512_unpacklo_epi64(ab1, cd1);
+        second[1] = _mm512_unpackhi_epi64(ab1, cd1);
     }
 }
 
-// bytes are not signed on this side: level + 128
-ALWAYS_INLINE TARGET_AVX512 void avx512_store(int8_t * dst, __m512i x) {
-    _mm512_storeu_si512(dst, _mm512_xor_si512(x, _mm512_set1_epi8((char) 128)));
+// as tq_trellis_label_plane(), of each 64 bits
+ALWAYS_INLINE TARGET_AVX512 __m512i avx512_label_plane(__m512i c, int taps) {
+    __m512i label = taps & 1 ? c : _mm512_setzero_si512();
+#define TAP(i) if (taps >> i & 1) { label = _mm512_xor_si512(label, _mm512_rol_epi64(c, i)); }
+    TAP(1) TAP(2) TAP(3) TAP(4) TAP(5)
+#undef TAP
+    return label;
 }
 
-// keys: [16 groups of 4 coordinates][64 rows][4]; 16 rows of them here
-ALWAYS_INLINE TARGET_AVX512 void avx512_arrange_keys_16(int8_t (* rows)[N], int8_t * dst) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; ++i) {
-        a[i] = _mm512_loadu_si512(rows[i]);
+// x[2*i + h]: coordinates 8*k + m + i, k from 4*h to 4*h + 3, of rows 16*g to 16*g + 15
+ALWAYS_INLINE TARGET_AVX512 void avx512_store(bool values, int8_t * dst, int g, int m, const __m512i * x) {
+    if (!values) {
+        for (int i = 0; i < 4; ++i) {
+            _mm512_storeu_si512(dst + 4*N*(2*m + i) + N*g, x[i]);
+        }
+        return;
     }
-    for (int i = 0; i < 16; i += 2) {
-        b[i]     = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i]     = _mm512_unpacklo_epi64(b[i],     b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i],     b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    // a[4*r + j]: lane l has group 4*l + j of rows 4*r ...
-    for (int j = 0; j < 4; ++j) {
-        const __m512i lo01 = _mm512_shuffle_i32x4(a[j],     a[4 + j],  0x44);
-        const __m512i hi01 = _mm512_shuffle_i32x4(a[j],     a[4 + j],  0xee);
-        const __m512i lo23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
-        const __m512i hi23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
-        avx512_store(dst + (j     )*4*N, _mm512_shuffle_i32x4(lo01, lo23, 0x88));
-        avx512_store(dst + (j +  4)*4*N, _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
-        avx512_store(dst + (j +  8)*4*N, _mm512_shuffle_i32x4(hi01, hi23, 0x88));
-        avx512_store(dst + (j + 12)*4*N, _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
-    }
+    // lanes are groups of four rows, and become coordinates
+    const __m512i lo01 = _mm512_shuffle_i32x4(x[0], x[1], 0x44);
+    const __m512i hi01 = _mm512_shuffle_i32x4(x[0], x[1], 0xee);
+    const __m512i lo23 = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+    const __m512i hi23 = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+    dst += 16*N*g + 32*m;
+    _mm512_storeu_si512(dst,          _mm512_shuffle_i32x4(lo01, lo23, 0x88));
+    _mm512_storeu_si512(dst +  4*N,   _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
+    _mm512_storeu_si512(dst +  8*N,   _mm512_shuffle_i32x4(hi01, hi23, 0x88));
+    _mm512_storeu_si512(dst + 12*N,   _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
 }
 
-ALWAYS_INLINE TARGET_AVX512 void avx512_arrange_keys(int8_t (* rows)[N], int8_t * dst) {
-    for (int r = 0; r < N; r += 16) {
-        avx512_arrange_keys_16(rows + r, dst + r*4);
-    }
-}
-
-// values: [16 groups of 4 rows][64 coordinates in the order of avx512_coordinate()][4]
-ALWAYS_INLINE TARGET_AVX512 void avx512_arrange_values(int8_t (* rows)[N], int8_t * dst) {
-    for (int r = 0; r < N; r += 4, dst += 4*N) {
-        const __m512i a = _mm512_loadu_si512(rows[r]);
-        const __m512i b = _mm512_loadu_si512(rows[r + 1]);
-        const __m512i c = _mm512_loadu_si512(rows[r + 2]);
-        const __m512i d = _mm512_loadu_si512(rows[r + 3]);
-        const __m512i ab0 = _mm512_unpacklo_epi8(a, b);
-        const __m512i ab1 = _mm512_unpackhi_epi8(a, b);
-        const __m512i cd0 = _mm512_unpacklo_epi8(c, d);
-        const __m512i cd1 = _mm512_unpackhi_epi8(c, d);
-        avx512_store(dst,       _mm512_unpacklo_epi16(ab0, cd0));
-        avx512_store(dst +   N, _mm512_unpackhi_epi16(ab0, cd0));
-        avx512_store(dst + 2*N, _mm512_unpacklo_epi16(ab1, cd1));
-        avx512_store(dst + 3*N, _mm512_unpackhi_epi16(ab1, cd1));
-    }
-}
-
-ALWAYS_INLINE TARGET_AVX512 void avx512_unpack_rows(enum tq_kind kind, int bits, const int8_t * table, const uint8_t * first, size_t stride, int n_rows, int8_t (* rows)[N][N]) {
-    for (int r = 0; r < N; ++r) {
-        const uint8_t * block = row_at(first, stride, n_rows, r);
-        prefetch(block, N*stride, bits); // the next tile is likely to be wanted
-        avx512_unpack_block(kind, bits, table, block, &rows[0][r], &rows[1][r]);
-    }
-}
-
-TARGET_AVX512 static void avx512_unpack(const struct tq_tile_type * tile, bool values, const uint8_t * first, size_t stride, int n_rows, int8_t (* dst)[TQ_TILE_SIZE]) {
-    int8_t rows[2][N][N];
-    FOR_TYPE(tile->type, avx512_unpack_rows, tile->table, first, stride, n_rows, rows)
-    for (int p = 0; p < tile->n_parts; ++p) {
-        if (values) {
-            avx512_arrange_values(rows[p], dst[p]);
-        } else {
-            avx512_arrange_keys(rows[p], dst[p]);
+ALWAYS_INLINE TARGET_AVX512 void avx512_unpack_type(enum tq_kind kind, int bits, const int8_t * table, bool values, const uint8_t * first, size_t stride, int n_rows,
+        int8_t (* dst)[TQ_TILE_SIZE]) {
+    const int n = kind == TQ_KIND_MSE ? bits : kind == TQ_KIND_QJL ? bits - 1 : TQ_TRELLIS_INDEX_BITS; // bits of an index
+    // whatever the bits of 64 that are not the index's
+    __m512i levels = n == 5 ? _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) table)) : _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) table));
+    levels = _mm512_xor_si512(levels, _mm512_set1_epi8((char) 128));
+    for (int g = 0; g < N/16; ++g) {
+        const uint8_t * row[16];
+        for (int r = 0; r < 16; ++r) {
+            row[r] = row_at(first, stride, n_rows, 16*g + r);
+            prefetch(row[r], N*stride, bits); // the next tile is likely to be wanted
+            row[r] += sizeof(uint16_t);
+        }
+        __m512i w[8][2]; // planes
+        for (int p = 0; p < 8; ++p) {
+            w[p][0] = w[p][1] = _mm512_setzero_si512();
+        }
+        __m512i x[4];
+        for (int p = 0; p < bits; p += 2) {
+            const int q = p + 1 < bits ? p : p - 1; // 16 bytes: planes q and q + 1
+            for (int r = 0; r < 4; ++r) {
+                x[r] = avx512_load_rows(row + r, 8*q);
+            }
+            avx512_beside(values, x, w[q], w[q + 1]);
+        }
+        __m512i signs[2] = { w[bits - 1][0], w[bits - 1][1] };
+        if (kind == TQ_KIND_QJL) {
+            w[bits - 1][0] = w[bits - 1][1] = _mm512_setzero_si512();
+        }
+        if (kind == TQ_KIND_TCQ) { // x: the last plane is the upper half of lanes
+            static const int taps[5][4] = { [2] = TQ_TRELLIS_TAPS_2B, [3] = TQ_TRELLIS_TAPS_3B, [4] = TQ_TRELLIS_TAPS_4B };
+            for (int p = bits - 1; p < n; p += 2) {
+                const int a = taps[bits][p - (bits - 1)];
+                const int b = p + 1 < n ? taps[bits][p + 1 - (bits - 1)] : 0;
+                __m512i y[4];
+                for (int r = 0; r < 4; ++r) {
+                    y[r] = _mm512_unpackhi_epi64(avx512_label_plane(x[r], a), avx512_label_plane(x[r], b));
+                }
+                avx512_beside(values, y, w[p], w[p + 1]);
+            }
+        }
+        // planes become indices: of coordinates 8*k + m and 8*k + 4 + m in the halves of a byte
+        for (int h = 0; h < 2; ++h) {
+            avx512_exchange(&w[0][h], &w[1][h], 1, 0x55);
+            avx512_exchange(&w[2][h], &w[3][h], 1, 0x55);
+            avx512_exchange(&w[0][h], &w[2][h], 2, 0x33);
+            avx512_exchange(&w[1][h], &w[3][h], 2, 0x33);
+        }
+        for (int m = 0; m < 8; m += 2) {
+            __m512i level[4];
+            __m512i sign [4];
+            for (int i = 0; i < 4; ++i) {
+                const int h = i%2;
+                const int c = m + i/2;
+                __m512i index = c < 4 ? w[c][h] : _mm512_srli_epi64(w[c - 4][h], 4);
+                if (n == 5) {
+                    index = AVX512_SELECT(16, c < 4 ? _mm512_slli_epi64(w[4][h], 4 - c) : _mm512_srli_epi64(w[4][h], c - 4), index);
+                }
+                level[i] = _mm512_permutexvar_epi8(index, levels);
+                if (kind == TQ_KIND_QJL) {
+                    const __mmask64 set = _mm512_test_epi8_mask(signs[h], _mm512_set1_epi8((char) (1 << c)));
+                    sign[i] = _mm512_mask_blend_epi8(set, _mm512_set1_epi8((char) (128 - 1)), _mm512_set1_epi8((char) (128 + 1)));
+                }
+            }
+            avx512_store(values, dst[0], g, m, level);
+            if (kind == TQ_KIND_QJL) {
+                avx512_store(values, dst[1], g, m, sign);
+            }
         }
     }
+}
+
+TARGET_AVX512 static void avx512_unpack_keys(const struct tq_tile_type * tile, const uint8_t * first, size_t stride, int n_rows, int8_t (* dst)[TQ_TILE_SIZE]) {
+    FOR_TYPE(tile->type, avx512_unpack_type, tile->table, false, first, stride, n_rows, dst)
+}
+
+TARGET_AVX512 static void avx512_unpack_values(const struct tq_tile_type * tile, const uint8_t * first, size_t stride, int n_rows, int8_t (* dst)[TQ_TILE_SIZE]) {
+    FOR_TYPE(tile->type, avx512_unpack_type, tile->table, true, first, stride, n_rows, dst)
+}
+
+static void avx512_unpack(const struct tq_tile_type * tile, bool values, const uint8_t * first, size_t stride, int n_rows, int8_t (* dst)[TQ_TILE_SIZE]) {
+    (values ? avx512_unpack_values : avx512_unpack_keys)(tile, first, stride, n_rows, dst);
 }
 
 TARGET_AVX512 static void avx512_scales(const uint16_t * half, float * d) {
@@ -107,7 +173,8 @@ TARGET_AVX512 static void avx512_scales(const uint16_t * half, float * d) {
 }
 
 TARGET_AVX512 static void avx512_split(bool values, const float * x, const float * weights, float scale, struct tq_tile_numbers * dst) {
-    (void) values;
+    int8_t hi[N];
+    int8_t lo[N];
     __m512i sum = _mm512_setzero_si512();
     for (int i = 0; i < N; i += 16) {
         __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(scale));
@@ -116,8 +183,12 @@ TARGET_AVX512 static void avx512_split(bool values, const float * x, const float
         }
         const __m512i n = _mm512_cvtps_epi32(v); // 128*hi + lo
         sum = _mm512_add_epi32(sum, n);
-        _mm_storeu_si128((__m128i *) (dst->digits + i),     _mm512_cvtepi32_epi8(_mm512_srai_epi32(n, 7)));
-        _mm_storeu_si128((__m128i *) (dst->digits + i + N), _mm512_cvtepi32_epi8(_mm512_and_si512(n, _mm512_set1_epi32(127))));
+        _mm_storeu_si128((__m128i *) (values ? (int8_t *) dst->digits + i     : hi + i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(n, 7)));
+        _mm_storeu_si128((__m128i *) (values ? (int8_t *) dst->digits + i + N : lo + i), _mm512_cvtepi32_epi8(_mm512_and_si512(n, _mm512_set1_epi32(127))));
+    }
+    for (int i = 0; i < N && !values; ++i) {
+        dst->digits[i]     = (uint8_t) hi[avx512_coordinate(i)];
+        dst->digits[i + N] = (uint8_t) lo[avx512_coordinate(i)];
     }
     dst->sum = _mm512_reduce_add_epi32(sum);
 }
@@ -175,10 +246,6 @@ TARGET_AVX512 static void avx512_multiply_all(const int8_t * bytes, const struct
     }
 }
 
-
-static int avx512_coordinate(int i) {
-    return i%16/4*16 + i/16*4 + i%4;
-}
 
 // a block's sums of n queries in registers
 ALWAYS_INLINE TARGET_AVX512 void avx512_turn(int n, const float * angles, int32_t n_angles, const float * const * w, float * sums, size_t step) {
