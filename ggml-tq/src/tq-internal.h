@@ -63,8 +63,8 @@ struct tq_tile_functions {
     void (* split)(bool values, const float * x, const float * weights, float scale, struct tq_tile_numbers * dst);
     void (* multiply)(const int8_t * bytes, const struct tq_tile_numbers * numbers, int n, int32_t * sums, size_t step);
     int  (* coordinate)(int i);
-    // sums[r*step + j] += w[r][k]*angles[k*TQ_CENTER_BLOCK + j] for k from 0 to n - 1 in this order, each product rounded and then
-    // each sum, j < TQ_CENTER_BLOCK: scores of centers have the same bits everywhere
+    // sums[r*step + j] += w[r][k]*angles[k*TQ_CENTER_BLOCK + j] for k from 0 to n - 1 in this order, each step rounded once (a
+    // fused multiply-add), j < TQ_CENTER_BLOCK: scores of centers have the same bits everywhere
     void (* turns)(const float * angles, int32_t n, const float * const * w, int n_queries, float * sums, size_t step);
 };
 

@@ -8,7 +8,7 @@
 
 #ifdef TQ_TILE_X86
 
-#define TARGET_AVX2 TARGET("avx2,f16c")
+#define TARGET_AVX2 TARGET("avx2,f16c,fma")
 
 static int avx2_coordinate(int i) {
     return i%4*16 + i/4%2*8 + i/8;
@@ -202,7 +202,7 @@ ALWAYS_INLINE TARGET_AVX2 void avx2_turn(int n, const float * angles, int32_t n_
     for (int32_t k = 0; k < n_angles; ++k, angles += TQ_CENTER_BLOCK) {
         for (int r = 0; r < n; ++r) {
             for (int l = 0; l < 4; ++l) {
-                s[r][l] = _mm256_add_ps(s[r][l], _mm256_mul_ps(_mm256_set1_ps(w[r][k]), _mm256_loadu_ps(angles + 8*l)));
+                s[r][l] = _mm256_fmadd_ps(_mm256_set1_ps(w[r][k]), _mm256_loadu_ps(angles + 8*l), s[r][l]);
             }
         }
     }

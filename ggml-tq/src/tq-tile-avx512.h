@@ -259,7 +259,7 @@ ALWAYS_INLINE TARGET_AVX512 void avx512_turn(int n, const float * angles, int32_
         const __m512 a[2] = { _mm512_loadu_ps(angles), _mm512_loadu_ps(angles + 16) };
         for (int r = 0; r < n; ++r) {
             for (int l = 0; l < 2; ++l) {
-                s[r][l] = _mm512_add_ps(s[r][l], _mm512_mul_ps(_mm512_set1_ps(w[r][k]), a[l]));
+                s[r][l] = _mm512_fmadd_ps(_mm512_set1_ps(w[r][k]), a[l], s[r][l]);
             }
         }
     }

@@ -215,7 +215,7 @@ ALWAYS_INLINE void neon_turn(int n, const float * angles, int32_t n_angles, cons
     for (int32_t k = 0; k < n_angles; ++k, angles += TQ_CENTER_BLOCK) {
         for (int r = 0; r < n; ++r) {
             for (int l = 0; l < 8; ++l) {
-                s[r][l] = vaddq_f32(s[r][l], vmulq_n_f32(vld1q_f32(angles + 4*l), w[r][k]));
+                s[r][l] = vfmaq_n_f32(s[r][l], vld1q_f32(angles + 4*l), w[r][k]);
             }
         }
     }

@@ -68,13 +68,32 @@ static int portable_coordinate(int i) {
     return i;
 }
 
+// a*b + c, rounded once
+ALWAYS_INLINE float portable_mul_add(float a, float b, float c) {
+#ifdef FP_FAST_FMAF
+    return fmaf(a, b, c);
+#else
+    const double p = (double) a*b; // exact
+    const double s = p + c;
+    const double t = s - p;
+    const double e = (p - (s - t)) + (c - t); // p + c is s + e
+    // s to the odd one of its two neighbours, from which a float rounds as from p + c
+    uint64_t u;
+    memcpy(&u, &s, sizeof(u));
+    u += e == 0.0 || (u & 1) ? 0 : (e > 0.0) == (s > 0.0) ? 1 : UINT64_MAX;
+    double odd;
+    memcpy(&odd, &u, sizeof(odd));
+    return (float) odd;
+#endif
+}
+
 static void portable_turns(const float * angles, int32_t n, const float * const * w, int n_queries, float * sums, size_t step) {
     for (int r = 0; r < n_queries; ++r) {
         float s[TQ_CENTER_BLOCK];
         memcpy(s, sums + r*step, sizeof(s));
         for (int32_t k = 0; k < n; ++k) {
             for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
-                s[j] += w[r][k]*angles[k*TQ_CENTER_BLOCK + j];
+                s[j] = portable_mul_add(w[r][k], angles[k*TQ_CENTER_BLOCK + j], s[j]);
             }
         }
         memcpy(sums + r*step, s, sizeof(s));

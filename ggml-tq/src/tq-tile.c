@@ -25,7 +25,7 @@
 #define TARGET(features) __attribute__((target(features)))
 #define UNROLL _Pragma("GCC unroll 8")
 #define IN_REGISTER(x) __asm__("" : "+v"(x)) // of a sum in a loop; gcc copies each to another register and back otherwise
-#define CPU_HAS_AVX2   __builtin_cpu_supports("avx2") // and F16C, which came before
+#define CPU_HAS_AVX2   (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) // and F16C, which came before
 #define CPU_HAS_AVX512 (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
     __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
 #else
