@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Attention alone on the CPU, in f16's speed: runs bench-cpu-attention over a matrix of shapes, types and tiles.
 
-    scripts/bench_cpu_attention.py                             # measures, and writes docs/results/cpu-attention.{jsonl,md}
-    scripts/bench_cpu_attention.py --build-name NAME --build DIR --append   # another build's figures beside them
-    scripts/bench_cpu_attention.py --report                    # the table only
+    scripts/bench_cpu_attention.py             # measures, and writes docs/results/cpu-attention.{jsonl,md}
+    scripts/bench_cpu_attention.py --quick --append --build DIR --build-name NAME --tiles NAMES  # others beside
+    scripts/bench_cpu_attention.py --report    # the table only
 
 Types of one shape are run in turn within one process; a ratio is the median over its rounds.
 """
@@ -17,22 +17,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TYPES = ["f16", "q8_0", "q4_0", "tq4_tcq", "tq3_tcq", "tq2_tcq", "tq4_mse", "tq3_mse", "tq4_qjl"]
+OURS = ["tq4_tcq", "tq3_tcq", "tq2_tcq", "tq4_mse", "tq3_mse", "tq4_qjl"]
+UPSTREAM = ["q8_0", "q4_0"]
 Record = dict[str, Any]
 
 
 def shapes(quick: bool) -> list[list[str]]:
     """Arguments of the program: one token behind caches of several depths, and batches of 512."""
-    result = []
+    result: list[list[Any]] = []
     for d, group, cells, threads, center in itertools.product(
         (64, 128, 256), (4, 8), (1024, 8192, 32768), (1, 2), (False, True)
     ):
-        if quick and (group != 4 or cells != 8192 or threads != 1):
+        if (threads == 2 and cells != 8192) or (quick and (group, cells, threads) != (4, 8192, 1)):
             continue
-        result.append(["-d", d, "-g", group, "-c", cells, "-t", threads, "-r", 7] + ["--center"] * center)
-    for d, threads, center in itertools.product((64, 128, 256), (1, 2), (False, True)):
-        if not quick or threads == 1:
-            result.append(["-d", d, "-g", 4, "-c", 4096, "-q", 512, "-t", threads, "-r", 3] + ["--center"] * center)
+        types = ["f16", *UPSTREAM, *OURS] if cells == 8192 and not center else ["f16", *OURS]
+        result.append(["-d", d, "-g", group, "-c", cells, "-t", threads, "-r", 7, *["--center"] * center, *types])
+    for d, center in itertools.product((64, 128, 256), (False, True)):
+        result.append(["-d", d, "-g", 4, "-c", 2048, "-q", 512, "-t", 1, "-r", 3, *["--center"] * center, "f16", *OURS])
     return [[str(a) for a in args] for args in result]
 
 
@@ -48,7 +49,7 @@ def measure(program: Path, build: str, tiles: list[str], quick: bool, out: Path)
         for args in shapes(quick):
             for name in tiles:
                 load = round(os.getloadavg()[0], 1)
-                command = [str(program), "--json", "--tiles", name, *args, *TYPES]
+                command = [str(program), "--json", "--tiles", name, *args]
                 result = subprocess.run(command, check=True, capture_output=True, text=True)
                 for line in result.stdout.splitlines():
                     file.write(json.dumps({**about, "load": load, **json.loads(line)}) + "\n")
@@ -70,10 +71,10 @@ def table(records: list[Record]) -> str:
             section = (build, tiles, queries, centered)
             what = "one query" if queries == 1 else f"{queries} queries"
             lines += ["", f"## {build}, {tiles} tiles, {what}{', centered keys' if centered else ''}", ""]
-            lines += ["| head dim | heads a key head | cells | threads | f16, µs | " + " | ".join(TYPES[1:]) + " |"]
-            lines += ["|--:" * (5 + len(TYPES) - 1) + "|"]
+            columns = ["head dim", "heads a key head", "cells", "threads", "f16, µs", *UPSTREAM, *OURS]
+            lines += ["| " + " | ".join(columns) + " |", "|--:" * len(columns) + "|"]
         row = rows[key]
-        speeds = " | ".join(f"{row[t]['speed']:.2f}" for t in TYPES[1:])
+        speeds = " | ".join(f"{row[t]['speed']:.2f}" if t in row else "" for t in UPSTREAM + OURS)
         lines.append(f"| {head_dim} | {group} | {cells} | {threads} | {row['f16']['us']:.0f} | {speeds} |")
     return "\n".join(lines)
 
@@ -83,21 +84,22 @@ def report(path: Path) -> None:
     loads = sorted({r["load"] for r in records})
     text = f"""# Attention alone on the CPU
 
-Time of one FLASH_ATTN_EXT over 8 key heads; f16 in microseconds, other types in its speed (more is faster). Types of a row were
-run in turn in one process; shown are medians of ratios within rounds. Centered: our types alone, not f16, q8_0 and q4_0. Tiles
-are the library's implementations, chosen by name; f16, q8_0 and q4_0 are upstream's in each build and do not depend on them.
+Time of one FLASH_ATTN_EXT over 8 key heads; f16 in microseconds, other types in its speed (more is faster). Types of
+a row were run in turn in one process; shown are medians of ratios within rounds. Centered keys: of our types, f16's are
+not. Tiles are the library's implementations, chosen by name; upstream's types are as the build has them.
 
-{", ".join(sorted({r["cpu"] for r in records}))}; load averages from {loads[0]} to {loads[-1]}. Written by
-`scripts/bench_cpu_attention.py`; records: [{path.name}]({path.name}).
+{", ".join(sorted({r["cpu"] for r in records}))}, {os.cpu_count()} cores; load averages {loads[0]} to {loads[-1]}. Written by `scripts/bench_cpu_attention.py`; records: [{path.name}]({path.name}).
 """
     path.with_suffix(".md").write_text(text + table(records) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--build", type=Path, default=ROOT / "build", help="build directory with bin/bench-cpu-attention")
+    parser.add_argument(
+        "--build", type=Path, default=ROOT / "build", help="build directory with bin/bench-cpu-attention"
+    )
     parser.add_argument("--build-name", default="native build", help="what the results call it")
-    parser.add_argument("--tiles", default="avx512,avx2,portable", help="implementations")
+    parser.add_argument("--tiles", default="avx512,avx2", help="implementations")
     parser.add_argument("--quick", action="store_true", help="8192 cells, groups of 4 and one thread only")
     parser.add_argument("--append", action="store_true", help="keep what is recorded")
     parser.add_argument("--report", action="store_true", help="write the table only")

@@ -68,11 +68,18 @@ static int portable_coordinate(int i) {
     return i;
 }
 
-// a*b + c, rounded once
-ALWAYS_INLINE float portable_mul_add(float a, float b, float c) {
 #ifdef FP_FAST_FMAF
-    return fmaf(a, b, c);
+
+ALWAYS_INLINE void portable_step(float w, const float * a, float * s) {
+    for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
+        s[j] = fmaf(w, a[j], s[j]);
+    }
+}
+
 #else
+
+// a*b + c, rounded once
+static float portable_mul_add(float a, float b, float c) {
     const double p = (double) a*b; // exact
     const double s = p + c;
     const double t = s - p;
@@ -84,17 +91,47 @@ ALWAYS_INLINE float portable_mul_add(float a, float b, float c) {
     double odd;
     memcpy(&odd, &u, sizeof(odd));
     return (float) odd;
-#endif
 }
+
+// A sum in double precision rounds like the exact one unless it is half way between floats, or not a normal float.
+ALWAYS_INLINE void portable_step(float w, const float * a, float * s) {
+    if (w == 0.0f) {
+        for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
+            s[j] += w*a[j];
+        }
+        return;
+    }
+    double   sum[TQ_CENTER_BLOCK];
+    uint64_t u  [TQ_CENTER_BLOCK];
+    for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
+        sum[j] = (double) w*a[j] + s[j];
+    }
+    memcpy(u, sum, sizeof(u));
+    uint64_t careful = 0; // the highest bit
+    for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
+        const uint64_t half = (u[j] & 0x1fffffff) ^ 0x10000000;     // 0: half way
+        careful |= half - 1;
+        careful |= (u[j] << 1) - (UINT64_C(897) << 53);              // exponents below a normal float's; none is beyond a float's
+    }
+    if (careful >> 63) {
+        for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
+            s[j] = portable_mul_add(w, a[j], s[j]);
+        }
+        return;
+    }
+    for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
+        s[j] = (float) sum[j];
+    }
+}
+
+#endif
 
 static void portable_turns(const float * angles, int32_t n, const float * const * w, int n_queries, float * sums, size_t step) {
     for (int r = 0; r < n_queries; ++r) {
         float s[TQ_CENTER_BLOCK];
         memcpy(s, sums + r*step, sizeof(s));
         for (int32_t k = 0; k < n; ++k) {
-            for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
-                s[j] = portable_mul_add(w[r][k], angles[k*TQ_CENTER_BLOCK + j], s[j]);
-            }
+            portable_step(w[r][k], angles + k*TQ_CENTER_BLOCK, s);
         }
         memcpy(sums + r*step, s, sizeof(s));
     }

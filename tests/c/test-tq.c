@@ -511,6 +511,12 @@ static void test_implementations(void) {
         rng_normal(x[0], N_QUERIES*128, 1.0f);
         rng_normal(m, 128, 5.0f);
         float max = 0.0f;
+        for (int i = 0; i < 128; ++i) { // of some types: products that are powers of two, whose sums lie half way between floats
+            m[i] = t%2 == 0 ? m[i] : i < 64 ? 1.0f : 0.0f;
+            for (int k = 0; k < N_QUERIES && t%2; ++k) {
+                x[k][i] = ldexpf(1.0f, (int) (rng_u64()%24) - 12);
+            }
+        }
         for (int k = 0; k < N_QUERIES; ++k) {
             for (int i = 0; i < 128; ++i) {
                 max = fmaxf(max, fabsf(x[k][i]));
