@@ -5,7 +5,8 @@
     scripts/bench_cpu_attention.py --quick --append --build DIR --build-name NAME --tiles NAMES  # others beside
     scripts/bench_cpu_attention.py --report    # the table only
 
-Types of one shape are run in turn within one process; a ratio is the median over its rounds.
+Types of one shape are run in turn within one process; a ratio is the median over its rounds. Two threads wait asleep
+(OMP_WAIT_POLICY=passive), or else on a busy machine an op takes as long as a turn of the scheduler.
 """
 
 import argparse
@@ -50,7 +51,8 @@ def measure(program: Path, build: str, tiles: list[str], quick: bool, out: Path)
             for name in tiles:
                 load = round(os.getloadavg()[0], 1)
                 command = [str(program), "--json", "--tiles", name, *args]
-                result = subprocess.run(command, check=True, capture_output=True, text=True)
+                env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+                result = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
                 for line in result.stdout.splitlines():
                     file.write(json.dumps({**about, "load": load, **json.loads(line)}) + "\n")
                 file.flush()
@@ -82,13 +84,15 @@ def table(records: list[Record]) -> str:
 def report(path: Path) -> None:
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     loads = sorted({r["load"] for r in records})
+    cpus = ", ".join(sorted({r["cpu"] for r in records}))
     text = f"""# Attention alone on the CPU
 
 Time of one FLASH_ATTN_EXT over 8 key heads; f16 in microseconds, other types in its speed (more is faster). Types of
 a row were run in turn in one process; shown are medians of ratios within rounds. Centered keys: of our types, f16's are
 not. Tiles are the library's implementations, chosen by name; upstream's types are as the build has them.
 
-{", ".join(sorted({r["cpu"] for r in records}))}, {os.cpu_count()} cores; load averages {loads[0]} to {loads[-1]}. Written by `scripts/bench_cpu_attention.py`; records: [{path.name}]({path.name}).
+{cpus}, {os.cpu_count()} cores; load averages {loads[0]} to {loads[-1]}.
+Written by `scripts/bench_cpu_attention.py`; records: [{path.name}]({path.name}).
 """
     path.with_suffix(".md").write_text(text + table(records) + "\n", encoding="utf-8")
 
