@@ -23,7 +23,11 @@
 // functions for more than this file is compiled for
 #if defined(__GNUC__) || defined(__clang__)
 #define TARGET(features) __attribute__((target(features)))
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
 #define UNROLL _Pragma("GCC unroll 8")
+#endif
 #define IN_REGISTER(x) __asm__("" : "+v"(x)) // of a sum in a loop; gcc copies each to another register and back otherwise
 #define CPU_HAS_AVX2   (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) // and F16C, which came before
 #define CPU_HAS_AVX512 (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
