@@ -4,7 +4,7 @@
 
 #define PAGE  TQ_CENTER_PAGE
 #define BLOCK TQ_CENTER_BLOCK
-#define QUERIES 8 // together
+#define QUERIES 12 // together
 
 // w: [n_rot] the factors of cosines and sines at position 0, [n_rot] at the page's start, then what does not turn
 struct tq_center_query tq_center_query_init(const struct tq_center * center, const float * m, const float * first, const float * q,

@@ -191,34 +191,50 @@ TARGET_AVX2 static void avx2_multiply(const int8_t * bytes, const struct tq_tile
     }
 }
 
-// a block's sums of n queries in registers
-ALWAYS_INLINE TARGET_AVX2 void avx2_turn(int n, const float * angles, int32_t n_angles, const float * const * w, float * sums, size_t step) {
-    __m256 s[2][4];
-    for (int r = 0; r < n; ++r) {
-        for (int l = 0; l < 4; ++l) {
-            s[r][l] = _mm256_loadu_ps(sums + r*step + 8*l);
-        }
-    }
-    for (int32_t k = 0; k < n_angles; ++k, angles += TQ_CENTER_BLOCK) {
+// a block's sums of n queries, n_vec registers of positions at a time
+ALWAYS_INLINE TARGET_AVX2 void avx2_turn(int n, int n_vec, const float * angles, int32_t n_angles, const float * const * w, float * sums, size_t step) {
+    for (int i = 0; i < TQ_CENTER_BLOCK; i += 8*n_vec) {
+        __m256 s[6][4];
         for (int r = 0; r < n; ++r) {
-            for (int l = 0; l < 4; ++l) {
-                s[r][l] = _mm256_fmadd_ps(_mm256_set1_ps(w[r][k]), _mm256_loadu_ps(angles + 8*l), s[r][l]);
+            UNROLL
+            for (int l = 0; l < n_vec; ++l) {
+                s[r][l] = _mm256_loadu_ps(sums + r*step + i + 8*l);
             }
         }
-    }
-    for (int r = 0; r < n; ++r) {
-        for (int l = 0; l < 4; ++l) {
-            _mm256_storeu_ps(sums + r*step + 8*l, s[r][l]);
+        const float * a = angles + i;
+        for (int32_t k = 0; k < n_angles; ++k, a += TQ_CENTER_BLOCK) {
+            __m256 x[4];
+            UNROLL
+            for (int l = 0; l < n_vec; ++l) {
+                x[l] = _mm256_loadu_ps(a + 8*l);
+            }
+            for (int r = 0; r < n; ++r) {
+                const __m256 wk = _mm256_set1_ps(w[r][k]);
+                UNROLL
+                for (int l = 0; l < n_vec; ++l) {
+                    s[r][l] = _mm256_fmadd_ps(wk, x[l], s[r][l]);
+                }
+            }
+        }
+        for (int r = 0; r < n; ++r) {
+            UNROLL
+            for (int l = 0; l < n_vec; ++l) {
+                _mm256_storeu_ps(sums + r*step + i + 8*l, s[r][l]);
+            }
         }
     }
 }
 
 TARGET_AVX2 static void avx2_turns(const float * angles, int32_t n, const float * const * w, int n_queries, float * sums, size_t step) {
-    for (; n_queries >= 2; n_queries -= 2, w += 2, sums += 2*step) {
-        avx2_turn(2, angles, n, w, sums, step);
+    for (; n_queries >= 6; n_queries -= 6, w += 6, sums += 6*step) {
+        avx2_turn(6, 2, angles, n, w, sums, step);
     }
-    if (n_queries == 1) {
-        avx2_turn(1, angles, n, w, sums, step);
+    switch (n_queries) {
+        case 5: avx2_turn(5, 2, angles, n, w, sums, step); break;
+        case 4: avx2_turn(4, 2, angles, n, w, sums, step); break;
+        case 3: avx2_turn(3, 4, angles, n, w, sums, step); break;
+        case 2: avx2_turn(2, 4, angles, n, w, sums, step); break;
+        case 1: avx2_turn(1, 4, angles, n, w, sums, step); break;
     }
 }
 
