@@ -14,7 +14,7 @@ static int avx2_coordinate(int i) {
     return i%4*16 + i/4%2*8 + i/8;
 }
 
-// bits of b, shift places on, for those of a that are not masked, and the other way round
+// bits of b, shift places on, for those of a that are not in the mask, and the other way round
 ALWAYS_INLINE TARGET_AVX2 void avx2_exchange(__m256i * a, __m256i * b, int shift, int mask) {
     const __m256i t = _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi64(*a, shift), *b), _mm256_set1_epi8((char) mask));
     *b = _mm256_xor_si256(*b, t);
@@ -37,6 +37,10 @@ ALWAYS_INLINE TARGET_AVX2 __m256i avx2_beside(__m256i plane) {
     const __m256i words  = _mm256_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15, 0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
     const __m256i dwords = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(plane, words), dwords);
+}
+
+ALWAYS_INLINE TARGET_AVX2 __m256i avx2_load_rows(const uint8_t * lo, const uint8_t * hi) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) lo)), _mm_loadu_si128((const __m128i *) hi), 1);
 }
 
 // coordinates 8*k + m of four rows, step bytes from those of m + 1
@@ -64,8 +68,8 @@ ALWAYS_INLINE TARGET_AVX2 void avx2_unpack_type(enum tq_kind kind, int bits, con
         __m256i w[8];
         for (int p = 0; p < bits; p += 2) {
             const int q = p + 1 < bits ? p : p - 1; // 16 bytes: planes q and q + 1
-            const __m256i a = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) (row[0] + 8*q))), _mm_loadu_si128((const __m128i *) (row[2] + 8*q)), 1);
-            const __m256i b = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) (row[1] + 8*q))), _mm_loadu_si128((const __m128i *) (row[3] + 8*q)), 1);
+            const __m256i a = avx2_load_rows(row[0] + 8*q, row[2] + 8*q);
+            const __m256i b = avx2_load_rows(row[1] + 8*q, row[3] + 8*q);
             if (q == p) {
                 w[p] = _mm256_unpacklo_epi64(a, b);
             }

@@ -3,8 +3,8 @@
 // Tiles with AVX-512, VBMI and VNNI. Included by tq-tile.c.
 //
 // Bytes by bytes: a number is two digits, 128*hi + lo. Keys: [16 groups of 4 coordinates][64 rows][4]; values: [16 groups of 4
-// rows][64 coordinates][4], coordinates in the order of avx512_coordinate(), in which unpacking finds them. pmaddubsw's heir
-// multiplies bytes of which one side is not signed: a level is stored as level + 128.
+// rows][64 coordinates][4], coordinates in the order of avx512_coordinate(), in which unpacking finds them. The product
+// takes bytes that are not signed on one side: a level is stored as level + 128.
 
 #ifdef TQ_TILE_X86
 

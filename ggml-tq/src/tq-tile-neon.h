@@ -22,7 +22,7 @@ static int neon_coordinate(int i) {
     return i%8*8 + i/8;
 }
 
-// bits of b, shift places on, for those of a that are not masked, and the other way round
+// bits of b, shift places on, for those of a that are not in the mask, and the other way round
 #define NEON_EXCHANGE(a, b, shift, mask) { \
     const uint8x16_t t = vandq_u8(veorq_u8(vshrq_n_u8(a, shift), b), vdupq_n_u8(mask)); \
     b = veorq_u8(b, t); \
