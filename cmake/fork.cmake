@@ -31,7 +31,8 @@ function(ggml_tq_add_to target)
     target_sources(${target} PRIVATE ${sources})
     target_include_directories(${target} PUBLIC
         $<BUILD_INTERFACE:${GGML_TQ_DIR}/include> $<BUILD_INTERFACE:${GGML_TQ_DIR}/fork/hooks>)
-    set_source_files_properties(${sources} TARGET_DIRECTORY ${target} PROPERTIES COMPILE_OPTIONS "${GGML_TQ_FLAGS}")
+    ggml_tq_set_flags(${target})
+    set_source_files_properties(${GGML_TQ_DIR}/fork/hooks/ggml-tq-traits.c TARGET_DIRECTORY ${target} PROPERTIES COMPILE_OPTIONS "${GGML_TQ_FLAGS}")
 endfunction()
 
 # called by ggml-cuda's CMakeLists, which compiles with -use_fast_math; the encoder must not

@@ -139,8 +139,17 @@ void tq_unsketch(const struct tq_params * params, const float * y, float * x, in
 // coordinates, a query's numbers its weights of the 64 rows. Part 0 of a block are its levels, rounded to 8 bits (those of
 // a trellis exactly); part 1 of a _qjl block its signs, for the sketched query. Numbers have 15 bits.
 // Sums of products are exact integers: they depend neither on what else is multiplied nor on the machine.
+//
+// There are several implementations, of which the fastest that the machine has is in use. Tiles and numbers are in its own order.
 
-#define TQ_TILE_SIZE (TQ_BLOCK_SIZE*TQ_BLOCK_SIZE)
+#define TQ_TILE_SIZE (2*TQ_BLOCK_SIZE*TQ_BLOCK_SIZE) // of up to two bytes a coordinate
+
+// those that this machine has, the fastest first; NULL from their number on
+const char * tq_tile_name(int i);
+
+// for tests and benchmarks, while nothing else is computed: the implementation of this name from now on. Returns the name of the one in use if name
+// is NULL, NULL if this machine has none of that name.
+const char * tq_tile_use(const char * name);
 
 struct tq_tile_type {
     enum tq_type type;
@@ -156,16 +165,20 @@ struct tq_tile_numbers { // 64 integers of magnitude up to 127*128, in the machi
 
 struct tq_tile_type tq_tile_type_init(const struct tq_params * params, enum tq_type type);
 
-// the block at first and those of the n_rows - 1 rows that follow at a distance of stride bytes -> dst[n_parts]
+// the block at first and those of the n_rows - 1 rows that follow at a distance of stride bytes -> dst[n_parts]; alignment to
+// 64 bytes makes it faster. What stands for rows that are not there is not specified: keys' lanes mean nothing, values need weights of 0.
 void tq_tile_unpack(const struct tq_tile_type * tile, bool values, const void * first, size_t stride, int n_rows,
         int8_t (* dst)[TQ_TILE_SIZE]);
 
-// their scales d[64], 0 from n_rows on
+// a hint that size bytes of each of these rows will be wanted, though not next
+void tq_tile_prefetch(const void * first, size_t stride, int n_rows, size_t size);
+
+// the scales of such blocks, d[64], 0 from n_rows on
 void tq_tile_scales(const void * first, size_t stride, int n_rows, float * d);
 
 // x[64]*weights[64] (NULL: ones) in units of tq_tile_number_scale(max); max is at least the largest magnitude of them. All 0 if
-// max is not finite.
-void  tq_tile_split(const float * x, const float * weights, float max, struct tq_tile_numbers * dst);
+// max is not finite. To be multiplied with keys or with values.
+void  tq_tile_split(bool values, const float * x, const float * weights, float max, struct tq_tile_numbers * dst);
 float tq_tile_number_scale(float max);
 
 // sums[r*step + lane] += <lane, numbers[r]> for n queries r and 64 lanes
@@ -177,7 +190,7 @@ int tq_tile_coordinate(int i);
 // Centered keys (section 10): a row holds key - X_p(m), p its position, m the center of its layer and head, X_p RoPE. At
 // position 0, whose key is hardly ever like the others, m is another center: `first`.
 
-#define TQ_CENTER_ROWS 1024 // of the table: 3 parts of 256, then the first part transposed, [n_rot][256]
+#define TQ_CENTER_ROWS 1024 // of the table: 3 parts of 256, then the first part by blocks of 32 positions, [8][n_rot][32]
 
 struct tq_center {
     int32_t       head_dim;
@@ -207,15 +220,16 @@ struct tq_center_query tq_center_query_init(const struct tq_center * center, con
 // 64 cells by the pages of their positions
 struct tq_center_cells {
     int n_runs;
-    struct tq_center_run { int32_t page; int first, n; bool in_order; } runs[TQ_BLOCK_SIZE]; // page -1: position 0; in_order: ascending by 1
+    struct tq_center_run { int32_t page; int first, n; bool in_order; } runs[TQ_BLOCK_SIZE]; // page -1: position 0; in_order: cells and positions ascend by 1
     uint8_t cell[TQ_BLOCK_SIZE]; // of the runs, one after the other
     uint8_t at  [TQ_BLOCK_SIZE]; // its position within the page
 };
 // pos[64], of which only those of used[64] are read
 void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, const bool * used);
 
-// scores[cell] += <q, X_p(m)> of every cell that is used
-void tq_center_scores(const struct tq_center * center, struct tq_center_query * query, const struct tq_center_cells * cells, float * scores);
+// scores[r*step + cell] += <q, X_p(m)> of every cell that is used, for n queries r
+void tq_center_scores(const struct tq_center * center, struct tq_center_query * queries, int n, const struct tq_center_cells * cells,
+    float * scores, size_t step);
 
 #ifdef __cplusplus
 }

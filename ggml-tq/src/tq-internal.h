@@ -39,6 +39,38 @@ ALWAYS_INLINE uint64_t tq_spread_bits(uint8_t b) {
     return ((x + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull;
 }
 
+// centers (section 10)
+
+#define TQ_CENTER_PAGE  256 // positions whose angles one part of the table holds; the last part has the first one's
+#define TQ_CENTER_BLOCK 32  // in blocks of so many
+
+ALWAYS_INLINE void tq_center_pair(const struct tq_center * center, int32_t i, int32_t * a, int32_t * b) {
+    *a = center->neox ? i                   : 2*i;
+    *b = center->neox ? i + center->n_rot/2 : 2*i + 1;
+}
+
+ALWAYS_INLINE int32_t tq_center_clamp(int32_t pos) {
+    return pos < 0 ? 0 : pos & 0xffffff;
+}
+
+// tiles: one implementation, for what a machine has (tq-tile-*.h)
+
+struct tq_tile_functions {
+    const char * name;
+    bool (* available)(void); // on this machine
+    void (* unpack)(const struct tq_tile_type * tile, bool values, const uint8_t * first, size_t stride, int n_rows, int8_t (* dst)[TQ_TILE_SIZE]);
+    void (* scales)(const uint16_t * half, float * d); // 64 of them
+    void (* split)(bool values, const float * x, const float * weights, float scale, struct tq_tile_numbers * dst);
+    void (* multiply)(const int8_t * bytes, const struct tq_tile_numbers * numbers, int n, int32_t * sums, size_t step);
+    int  (* coordinate)(int i);
+    // sums[r*step + j] += w[r][k]*angles[k*TQ_CENTER_BLOCK + j] for k from 0 to n - 1 in this order, each step rounded once (a
+    // fused multiply-add), j < TQ_CENTER_BLOCK: scores of centers have the same bits everywhere
+    void (* turns)(const float * angles, int32_t n, const float * const * w, int n_queries, float * sums, size_t step);
+};
+
+// the one in use
+const struct tq_tile_functions * tq_tile(void);
+
 // trellis codes (section 9), bits 2, 3 or 4
 
 #define TQ_TRELLIS_INDEX_BITS 5 // of the index into the table of levels

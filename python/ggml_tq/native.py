@@ -195,7 +195,7 @@ def unrotate(y: ArrayLike, params: Params = DEFAULT, out: Array | None = None) -
 def center_table(freqs: ArrayLike) -> Array:
     """``ggml_tq.center.make_table``."""
     f = np.ascontiguousarray(freqs, dtype=np.float64)
-    table = np.empty((PAGE * (PARTS + 1), 2 * f.size), np.float32)  # the last part is the first transposed
+    table = np.empty((PAGE * (PARTS + 1), 2 * f.size), np.float32)  # the last part repeats the first
     library().tq_center_make_table(f.ctypes.data, 2 * f.size, table.ctypes.data)
     return table[: PAGE * PARTS]
 

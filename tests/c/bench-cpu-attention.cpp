@@ -1,7 +1,9 @@
 // Time of ggml's FLASH_ATTN_EXT alone on the CPU, the cache types beside upstream's. Types are run in turn, round by round,
 // so that a busy machine disturbs all alike; ratios are medians over rounds of a type's time to f16's in the same round.
-// usage: bench-cpu-attention [-t THREADS] [-c CELLS] [-g HEADS_A_KEY_HEAD] [-d HEAD_DIM] [-q QUERIES] [-r ROUNDS] [--center] [TYPE...]
-// A type is one for keys and values, or K/V.
+// usage: bench-cpu-attention [-t THREADS] [-c CELLS] [-g HEADS_A_KEY_HEAD] [-d HEAD_DIM] [-q QUERIES] [-r ROUNDS] [--center]
+//        [--tiles NAME] [--json] [TYPE...]
+// A type is one for keys and values, or K/V; the first is what the others are compared with. --tiles: the cache types' implementation
+// (avx512, avx2, ...), the machine's fastest if it is not given. --json: a line a type instead of a table.
 
 #include "ggml.h"
 #include "ggml-backend.h"
@@ -27,6 +29,7 @@ struct options {
     int  n_q       = 1;
     int  n_rounds  = 7;
     bool center    = false;
+    bool json      = false;
 };
 
 struct subject {
@@ -139,6 +142,13 @@ int main(int argc, char ** argv) {
             *value = atoi(argv[++i]);
         } else if (arg == "--center") {
             o.center = true;
+        } else if (arg == "--json") {
+            o.json = true;
+        } else if (arg == "--tiles" && i + 1 < argc) {
+            if (!tq_tile_use(argv[++i])) {
+                fprintf(stderr, "this machine has no tiles '%s'\n", argv[i]);
+                return 1;
+            }
         } else {
             names.push_back(arg);
         }
@@ -164,16 +174,26 @@ int main(int argc, char ** argv) {
             s.seconds.push_back(total/n);
         }
     }
-    printf("%d thread(s), %d cells, %d heads on %d, head dim %d, %d queries, %s, median of %d rounds\n",
-        o.n_threads, o.n_kv, N_HEAD_KV*o.group, N_HEAD_KV, o.head_dim, o.n_q, o.center ? "centered" : "not centered", o.n_rounds);
-    printf("| K/V | us | ns a stored element | packed GB/s | speed / %s |\n|---|---|---|---|---|\n", names[0].c_str());
+    if (!o.json) {
+        printf("%d thread(s), %d cells, %d heads on %d, head dim %d, %d queries, %s, %s tiles, median of %d rounds\n",
+            o.n_threads, o.n_kv, N_HEAD_KV*o.group, N_HEAD_KV, o.head_dim, o.n_q, o.center ? "centered" : "not centered", tq_tile_use(nullptr), o.n_rounds);
+        printf("| K/V | us | ns a stored element | packed GB/s | speed / %s |\n|---|---|---|---|---|\n", names[0].c_str());
+    }
     for (auto & s : subjects) {
         std::vector<double> ratios;
         for (size_t i = 0; i < s.seconds.size(); ++i) {
             ratios.push_back(subjects[0].seconds[i]/s.seconds[i]);
         }
-        const double t = median(s.seconds);
-        printf("| %s | %.0f | %.3f | %.2f | %.2f |\n", s.name.c_str(), t*1e6, t*1e9/(2.0*o.head_dim*N_HEAD_KV*o.n_kv), (double) s.n_bytes/t*1e-9, median(ratios));
+        const double t     = median(s.seconds);
+        const double ratio = median(ratios);
+        if (o.json) {
+            printf("{\"type\": \"%s\", \"tiles\": \"%s\", \"threads\": %d, \"cells\": %d, \"group\": %d, \"head_dim\": %d, \"queries\": %d, "
+                "\"centered\": %s, \"rounds\": %d, \"us\": %.1f, \"least_us\": %.1f, \"bytes\": %zu, \"than\": \"%s\", \"speed\": %.3f}\n",
+                s.name.c_str(), tq_tile_use(nullptr), o.n_threads, o.n_kv, o.group, o.head_dim, o.n_q, o.center ? "true" : "false", o.n_rounds,
+                t*1e6, *std::min_element(s.seconds.begin(), s.seconds.end())*1e6, s.n_bytes, names[0].c_str(), ratio);
+            continue;
+        }
+        printf("| %s | %.0f | %.3f | %.2f | %.2f |\n", s.name.c_str(), t*1e6, t*1e9/(2.0*o.head_dim*N_HEAD_KV*o.n_kv), (double) s.n_bytes/t*1e-9, ratio);
     }
     return 0;
 }

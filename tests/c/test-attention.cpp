@@ -1,5 +1,6 @@
 // ggml's FLASH_ATTN_EXT over the cache types, against attention computed in double precision on rows that ggml's own
-// to_float decodes. Both paths of a real run: one token (decode) and batches (prompt processing).
+// to_float decodes. Both paths of a real run: one token (decode) and batches (prompt processing). All implementations that the
+// machine has must give the same bits.
 // usage: test-attention [seed]
 
 #include "ggml.h"
@@ -352,6 +353,11 @@ static attn_errors attention_errors(const attn_case & c, bool compare_bits, std:
     elsewhere.before = std::max(0, std::min(77, 512 - c.n_kv)); // within a range of cells
     const char * differs = !compare_bits ? nullptr : !same(one) ? "1 thread" : !same(three) ? "3 threads" : !same(last) ? "the last query alone" : !same(first) ? "half of the batch"
         : !same(longer) ? "a longer cache" : !same(later) || !same(elsewhere) ? "cells at other places" : nullptr;
+    for (int i = 1; !differs && tq_tile_name(i); ++i) {
+        tq_tile_use(tq_tile_name(i));
+        differs = same({}) ? nullptr : tq_tile_name(i);
+    }
+    tq_tile_use(tq_tile_name(0));
     attn_run ref;
     ref.use_ref = true;
     return { error(got), error(run(kp, vp, ref)), error(run(kd, vd, {})), differs };

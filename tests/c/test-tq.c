@@ -1,5 +1,6 @@
 // The C library against docs/format.md: sizes, distortion, bias, scores, special rows, bounds.
-// usage: test-tq [seed]; without a seed the inputs are fresh at each run, and the seed is printed.
+// usage: test-tq [seed [tiles]]; without a seed the inputs are fresh at each run, and the seed is printed. tiles: only what attention
+// works with, of which there are several implementations (an emulator takes minutes for the rest).
 
 #include "ggml-tq.h"
 
@@ -21,7 +22,7 @@ static const struct tq_params * params; // that the tests run with
 
 #define CHECK(cond, ...) do { \
     if (!(cond)) { \
-        printf("FAIL %s:%d: %s: ", __FILE__, __LINE__, #cond); printf(__VA_ARGS__); printf("\n"); \
+        printf("FAIL %s:%d, %s tiles: %s: ", __FILE__, __LINE__, tq_tile_use(NULL), #cond); printf(__VA_ARGS__); printf("\n"); \
         n_failed++; \
     } } while (0)
 
@@ -216,8 +217,8 @@ static void test_tiles(void) {
                 max[0][k] = fmaxf(max[0][k], fabsf(q[k][i]));
                 max[1][k] = fmaxf(max[1][k], fabsf(sketched[k][i]));
             }
-            tq_tile_split(q[k],        NULL, max[0][k], &numbers[0][k]);
-            tq_tile_split(sketched[k], NULL, max[1][k], &numbers[1][k]);
+            tq_tile_split(false, q[k],        NULL, max[0][k], &numbers[0][k]);
+            tq_tile_split(false, sketched[k], NULL, max[1][k], &numbers[1][k]);
         }
         tq_tile_unpack(&tile, false, packed + first, stride, n_rows, bytes);
         tq_tile_scales(packed + first, stride, n_rows, d);
@@ -259,7 +260,7 @@ static void test_tiles(void) {
             max_weighted = fmaxf(max_weighted, fabsf(weights[r]*d[r]));
         }
         tq_tile_unpack(&tile, true, packed + first, stride, n_rows, bytes);
-        tq_tile_split(weights, d, max_weighted, &numbers[0][0]);
+        tq_tile_split(true, weights, d, max_weighted, &numbers[0][0]);
         float sum[2][64] = { { 0.0f } };
         for (int part = 0; part < tile.n_parts; ++part) {
             int32_t sums[64] = { 0 };
@@ -288,7 +289,7 @@ static void test_tiles(void) {
     memset(bytes, 0x55, sizeof(bytes));
     const float not_finite[] = { NAN, INFINITY, 0.0f };
     for (int i = 0; i < 3; ++i) {
-        tq_tile_split(x, NULL, not_finite[i], &numbers);
+        tq_tile_split(true, x, NULL, not_finite[i], &numbers);
         tq_tile_multiply(bytes, &numbers, 1, sums, 64);
         CHECK(sums[0] == 0 && sums[63] == 0, "numbers without a scale are 0");
     }
@@ -486,6 +487,101 @@ static void test_batches(void) {
     }
 }
 
+// every implementation: the same sums of the same rows, and scores of centers to the bit
+static void test_implementations(void) {
+    enum { N_QUERIES = 11 };
+    static float table[TQ_CENTER_ROWS*128];
+    double freqs[64];
+    for (int i = 0; i < 64; ++i) {
+        freqs[i] = pow(1e4, -i/64.0);
+    }
+    tq_center_make_table(freqs, 128, table);
+    const struct tq_center center = { 128, 128, 1, table };
+    CHECK(!tq_tile_use("none"), "no such implementation");
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const enum tq_type type = (enum tq_type) t;
+        const struct tq_tile_type tile = tq_tile_type_init(params, type);
+        const size_t size   = tq_row_size(type, 64);
+        const int    n_rows = t%2 ? 64 : 1 + (int) (rng_u64()%64);
+        uint8_t * packed = malloc(n_rows*size); // bounds are those of the rows
+        for (size_t i = 0; i < n_rows*size; ++i) {
+            packed[i] = (uint8_t) rng_u64();
+        }
+        float x[N_QUERIES][128], weights[64], m[128];
+        rng_normal(x[0], N_QUERIES*128, 1.0f);
+        rng_normal(m, 128, 5.0f);
+        float max = 0.0f;
+        for (int i = 0; i < 128; ++i) { // of some types: products that are powers of two, whose sums lie half way between floats
+            m[i] = t%2 == 0 ? m[i] : i < 64 ? 1.0f : 0.0f;
+            for (int k = 0; k < N_QUERIES && t%2; ++k) {
+                x[k][i] = ldexpf(1.0f, (int) (rng_u64()%24) - 12);
+            }
+        }
+        for (int k = 0; k < N_QUERIES; ++k) {
+            for (int i = 0; i < 128; ++i) {
+                max = fmaxf(max, fabsf(x[k][i]));
+            }
+        }
+        for (int i = 0; i < 64; ++i) {
+            weights[i] = i < n_rows ? (float) rng_uniform() : 0.0f;
+        }
+        int32_t pos [64];
+        bool    used[64];
+        for (int j = 0; j < 64; ++j) {
+            pos [j] = 240 + j + (int) (rng_u64()%3 == 0 ? rng_u64()%1000 : 0);
+            used[j] = rng_u64()%8 != 0;
+        }
+        struct tq_center_cells cells;
+        tq_center_cells_init(&cells, pos, used);
+
+        struct { int32_t keys[2][N_QUERIES][64], values[2][N_QUERIES][64]; float d[64], scores[N_QUERIES][64]; } first, other;
+        for (int i = 0; tq_tile_name(i); ++i) {
+            CHECK(tq_tile_use(tq_tile_name(i)) && strcmp(tq_tile_use(NULL), tq_tile_name(i)) == 0, "an implementation that is there");
+            static int8_t bytes[2][TQ_TILE_SIZE];
+            struct tq_tile_numbers numbers[N_QUERIES];
+            memset(&other, 0, sizeof(other));
+            for (int values = 0; values < 2; ++values) {
+                for (int k = 0; k < N_QUERIES; ++k) {
+                    tq_tile_split(values, x[k], values ? weights : NULL, max, &numbers[k]);
+                }
+                tq_tile_unpack(&tile, values, packed, size, n_rows, bytes);
+                for (int part = 0; part < tile.n_parts; ++part) {
+                    int32_t sums[N_QUERIES][64] = { { 0 } };
+                    tq_tile_multiply(bytes[part], numbers, N_QUERIES, sums[0], 64);
+                    for (int k = 0; k < N_QUERIES; ++k) {
+                        for (int l = 0; l < 64; ++l) {
+                            if (values) {
+                                other.values[part][k][tq_tile_coordinate(l)] = sums[k][l];
+                            } else if (l < n_rows) {
+                                other.keys[part][k][l] = sums[k][l];
+                            }
+                        }
+                    }
+                }
+            }
+            tq_tile_scales(packed, size, n_rows, other.d);
+            for (int j = 0; j < 64; ++j) {
+                other.d[j] = isnan(other.d[j]) ? NAN : other.d[j];
+            }
+            float w[N_QUERIES][TQ_CENTER_QUERY_SIZE(128)];
+            struct tq_center_query queries[N_QUERIES];
+            for (int k = 0; k < N_QUERIES; ++k) {
+                queries[k] = tq_center_query_init(&center, m, m, x[k], w[k]);
+            }
+            tq_center_scores(&center, queries, N_QUERIES, &cells, other.scores[0], 64);
+            if (i == 0) {
+                first = other;
+            }
+            CHECK(memcmp(first.keys,   other.keys,   sizeof(first.keys))   == 0, "%s: scores of %d rows", tq_get_type_info(type)->name, n_rows);
+            CHECK(memcmp(first.values, other.values, sizeof(first.values)) == 0, "%s: sums of %d rows",   tq_get_type_info(type)->name, n_rows);
+            CHECK(memcmp(first.d,      other.d,      sizeof(first.d))      == 0, "%s: scales",            tq_get_type_info(type)->name);
+            CHECK(memcmp(first.scores, other.scores, sizeof(first.scores)) == 0, "%s: scores of centers", tq_get_type_info(type)->name);
+        }
+        free(packed);
+        tq_tile_use(tq_tile_name(0));
+    }
+}
+
 // X_p(m) against RoPE in double precision; scores against additions
 static void test_center(void) {
     for (int r = 0; r < 200; ++r) {
@@ -539,7 +635,7 @@ static void test_center(void) {
                 used  [j0] = true;
                 struct tq_center_cells cells;
                 tq_center_cells_init(&cells, others, used);
-                tq_center_scores(&center, &query, &cells, scores);
+                tq_center_scores(&center, &query, 1, &cells, scores, 64);
                 CHECK(fabs(scores[j0] - s) < 1e-4*head_dim, "position %d: score", pos);
                 first = variant == 0 ? scores[j0] : first;
                 CHECK(scores[j0] == first, "position %d: the score depends on other cells", pos);
@@ -564,6 +660,8 @@ int main(int argc, char ** argv) {
     rng_state = seed;
     printf("seed %" PRIu64 "\n", seed);
 
+    const bool tiles_only = argc > 2 && strcmp(argv[2], "tiles") == 0;
+
     params = tq_params_default();
     test_types();
     test_params();
@@ -573,15 +671,25 @@ int main(int argc, char ** argv) {
     const struct tq_params * sets[] = { tq_params_default(), &seeded };
     for (int i = 0; i < 2; ++i) {
         params = sets[i];
-        test_rotation();
-        test_distortion();
-        test_dot();
-        test_tiles();
-        test_scaling();
-        test_special_rows();
-        test_batches();
+        for (int k = 0; tq_tile_name(k); ++k) {
+            tq_tile_use(tq_tile_name(k));
+            test_tiles();
+        }
+        test_implementations();
+        if (!tiles_only) {
+            test_rotation();
+            test_distortion();
+            test_dot();
+            test_scaling();
+            test_special_rows();
+            test_batches();
+        }
     }
-    test_center();
+    for (int k = 0; tq_tile_name(k); ++k) {
+        tq_tile_use(tq_tile_name(k));
+        printf("%s tiles\n", tq_tile_name(k));
+        test_center();
+    }
 
     printf(n_failed ? "%d checks failed (seed %" PRIu64 ")\n" : "all checks passed\n", n_failed, seed);
     return n_failed ? 1 : 0;

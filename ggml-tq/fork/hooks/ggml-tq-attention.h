@@ -189,24 +189,28 @@ struct scratch {
     }
 };
 
-// the largest value(i) of n, a multiple of 16: 16 maxima at a time, so that the loop vectorizes
+// a float as an integer of the same order, and back: maxima of integers vectorize
+static inline int32_t order_of(float x) {
+    int32_t i;
+    memcpy(&i, &x, sizeof(i));
+    return i ^ (i >> 31 & 0x7fffffff);
+}
+
+static inline float of_order(int32_t i) {
+    i ^= i >> 31 & 0x7fffffff;
+    float x;
+    memcpy(&x, &i, sizeof(x));
+    return x;
+}
+
+// the largest value(i) of n, none of them NaN
 template <typename F> static inline float max_of(int64_t n, F value) {
-    float m[16];
-    for (int l = 0; l < 16; ++l) {
-        m[l] = value(l);
+    int32_t max = INT32_MIN;
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t x = order_of(value(i));
+        max = x > max ? x : max;
     }
-    for (int64_t i = 16; i < n; i += 16) {
-        for (int l = 0; l < 16; ++l) {
-            const float x = value(i + l);
-            m[l] = x > m[l] ? x : m[l];
-        }
-    }
-    for (int h = 8; h > 0; h /= 2) {
-        for (int l = 0; l < h; ++l) {
-            m[l] = m[l + h] > m[l] ? m[l + h] : m[l];
-        }
-    }
-    return m[0];
+    return of_order(max);
 }
 
 static inline bool all_below(int64_t n, const float * x, float bound) { // false where one is not a number
@@ -273,6 +277,7 @@ struct unit {
     int64_t    stream, group, row0, n_rows;
     float      slope[ROWS];
     const ggml_fp16_t * mask[ROWS];
+    const float *       bias[ROWS];  // of a tile
     tq_center_query     qc[ROWS];
     // of a range
     bool       used[RANGE];          // by a row
@@ -325,7 +330,7 @@ struct unit {
                     const float * xb  = x + r*a.k.n + b*TQ_BLOCK_SIZE;
                     const float   max = max_magnitude(TQ_BLOCK_SIZE, xb);
                     const int64_t i   = (b*a.k.n_parts + part)*ROWS + r;
-                    tq_tile_split(xb, nullptr, max, s.qn + i);
+                    tq_tile_split(false, xb, nullptr, max, s.qn + i);
                     s.qs[i] = tq_tile_number_scale(max)*a.k.type.unit[part];
                 }
             }
@@ -338,42 +343,45 @@ struct unit {
 
     // bias and used[CELLS]; false if no row sees a cell of the tile
     bool read_mask(int64_t cell, bool * used) {
-        if (!a.mask) {
-            memset(s.bias, 0, n_rows*CELLS*sizeof(float));
-        }
-        float seen[CELLS];
-        std::fill_n(seen, CELLS, -INFINITY);
+        int32_t seen[CELLS] = { 0 };
         for (int64_t r = 0; r < n_rows; ++r) {
-            float * b = s.bias + r*CELLS;
-            if (a.mask && r > 0 && mask[r] == mask[r - 1] && slope[r] == slope[r - 1]) {
-                memcpy(b, b - CELLS, CELLS*sizeof(float));
+            if (r > 0 && mask[r] == mask[r - 1] && slope[r] == slope[r - 1]) {
+                bias[r] = bias[r - 1];
                 continue;
             }
+            float * b = s.bias + r*CELLS;
+            bias[r] = b;
             if (a.mask) {
+                const float f = slope[r];
                 ggml_cpu_fp16_to_fp32(mask[r] + cell, b, n_cells(cell));
-                for (int64_t i = 0; i < n_cells(cell); ++i) {
-                    b[i] *= slope[r];
+                for (int64_t i = 0; i < CELLS; ++i) {
+                    b[i] *= f;
                 }
+            } else {
+                std::fill_n(b, CELLS, 0.0f);
             }
             std::fill(b + n_cells(cell), b + CELLS, -INFINITY);
             for (int64_t i = 0; i < CELLS; ++i) {
-                seen[i] = b[i] > seen[i] ? b[i] : seen[i];
+                seen[i] |= b[i] != -INFINITY;
             }
         }
-        bool any = false;
+        int32_t any = 0;
         for (int64_t i = 0; i < CELLS; ++i) {
-            used[i] = seen[i] != -INFINITY;
-            any    |= used[i];
+            used[i] = seen[i] != 0;
+            any    |= seen[i];
         }
-        return any;
+        return any != 0;
     }
 
     void score(int64_t slot) {
         const int64_t cell = slots[slot];
         const bool *  used = this->used + slot*CELLS;
         memset(s.tile, 0, n_rows*CELLS*sizeof(float));
+        if (a.v.tiles) {
+            tq_tile_prefetch(a.v.row(cell, v_head(), stream), a.v.t->nb[1], (int) n_cells(cell), a.v.n_blocks()*a.v.block_size);
+        }
         if (a.k.tiles) {
-            int8_t bytes[2][TQ_TILE_SIZE];
+            alignas(64) int8_t bytes[2][TQ_TILE_SIZE];
             float  d[CELLS];
             for (int64_t b = 0; b < a.k.n_blocks(); ++b) {
                 const char * first = a.k.row(cell, k_head(), stream) + b*a.k.block_size;
@@ -403,21 +411,21 @@ struct unit {
         if (a.center.pos) { // what centering took from the keys
             tq_center_cells cells;
             tq_center_cells_init(&cells, (const int32_t *) ((const char *) a.center.pos->data + stream*a.center.pos->nb[1]) + cell, used);
-            for (int64_t r = 0; r < n_rows; ++r) {
-                tq_center_scores(&a.center.center, &qc[r], &cells, s.tile + r*CELLS);
-            }
+            tq_center_scores(&a.center.center, qc, (int) n_rows, &cells, s.tile, CELLS);
         }
         for (int64_t r = 0; r < n_rows; ++r) {
             const float * x = s.tile + r*CELLS;
-            const float * b = s.bias + r*CELLS;
+            const float * b = bias[r];
             float       * p = s.weights + r*RANGE + slot*CELLS;
+            const float scale = a.scale;
             if (a.softcap != 0.0f) {
                 for (int64_t i = 0; i < CELLS; ++i) {
                     p[i] = b[i] == -INFINITY ? -INFINITY : a.softcap*tanhf(x[i]*a.scale) + b[i];
                 }
             } else {
                 for (int64_t i = 0; i < CELLS; ++i) {
-                    p[i] = b[i] == -INFINITY ? -INFINITY : x[i]*a.scale + b[i];
+                    const float y = x[i]*scale + b[i];
+                    p[i] = b[i] == -INFINITY ? -INFINITY : y;
                 }
             }
         }
@@ -499,10 +507,10 @@ struct unit {
             const float * w = s.weights + r*RANGE;
             max[r] = max_of(n, [&](int64_t i) { return fabsf(w[i]*d[i]); });
             for (int64_t slot = 0; slot < n_slots; ++slot) {
-                tq_tile_split(w + slot*CELLS, d + slot*CELLS, max[r], s.pn + slot*ROWS + r);
+                tq_tile_split(true, w + slot*CELLS, d + slot*CELLS, max[r], s.pn + slot*ROWS + r);
             }
         }
-        int8_t bytes[2][TQ_TILE_SIZE];
+        alignas(64) int8_t bytes[2][TQ_TILE_SIZE];
         for (int64_t part = 0; part < a.v.n_parts; ++part) {
             memset(s.sums + part*ROWS*TQ_BLOCK_SIZE, 0, n_rows*TQ_BLOCK_SIZE*sizeof(int32_t));
         }
