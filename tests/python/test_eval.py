@@ -6,6 +6,7 @@ Real runs of llama-perplexity throughout, most of them on a model with random we
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -262,7 +263,7 @@ def test_a_half_written_line_is_dropped(bench: Bench) -> None:
     bench.run("tq4,tq3")
     whole = bench.output.read_bytes()
     first = whole.index(b"\n") + 1
-    for end in range(first, len(whole)):  # killed after any byte
+    for end in range(first, len(whole) - 1):  # killed after any byte
         bench.output.write_bytes(whole[:end])
         records, half = Store(bench.output).read()
         assert [str(r.pair) for r in records] == ["tq4"]
@@ -271,6 +272,8 @@ def test_a_half_written_line_is_dropped(bench: Bench) -> None:
     assert "dropped a half-written last line" in result.stderr
     assert bench.output.read_bytes()[:first] == whole[:first]
     assert [str(r.pair) for r in bench.records()] == ["tq4", "tq3"]
+    bench.output.write_bytes(bench.output.read_bytes()[:-1])  # whole, but for the newline
+    assert [str(r.pair) for r in bench.run("tq4,tq3,tq2")] == ["tq4", "tq3", "tq2"]
 
 
 def test_a_damaged_line_is_not_dropped(bench: Bench) -> None:
@@ -288,6 +291,47 @@ def test_two_writers(tmp_path: Path, record: Record) -> None:
     for store, k in ((a, "tq4"), (b, "tq3"), (a, "tq2")):
         store.append(dataclasses.replace(record, pair=Pair(k, k)))
     assert [r.pair.k for r in a.read()[0]] == ["tq4", "tq3", "tq2"]
+
+
+def test_one_output_has_one_process(bench: Bench) -> None:
+    store = Store(bench.output)
+    with store.session():
+        bench.refuses(f"{bench.output}: process {os.getpid()} is adding to it", "tq3")
+    assert not list(bench.output.parent.glob("*.jsonl*"))
+    assert bench.run("tq3")
+
+
+def test_an_output_that_cannot_be_written_is_noticed_first(bench: Bench, tmp_path: Path) -> None:
+    bench.output = tmp_path
+    bench.refuses("Is a directory", "tq3")
+    (tmp_path / "file").touch()
+    bench.output = tmp_path / "file" / "x.jsonl"
+    bench.refuses("Not a directory", "tq3")
+    assert not list(bench.cache.glob("*"))
+
+
+@pytest.mark.parametrize("what", ["model", "text", "binary"])
+@pytest.mark.parametrize("when", ["base", "run"])
+def test_a_file_that_changes_meanwhile_is_refused(bench: Bench, tmp_path: Path, what: str, when: str) -> None:
+    """Neither its result nor its logits are kept."""
+    real = bench.bin_dir / "llama-perplexity"
+    files = {name: shutil.copy(getattr(bench, name), tmp_path / name) for name in ("model", "text")}
+    bench.model, bench.text = files["model"], files["text"]
+    file = files.get(what, '"$0"')
+    option = {"base": "--save-all-logits", "run": "--kl-divergence"}[when]
+    bench.bin_dir = _script(tmp_path / "bin", f'case "$*" in *" {option} "*) echo >> {file};; esac\nexec {real} "$@"')
+    bench.refuses("has changed meanwhile", "tq3")
+    assert not bench.records()
+    assert bool(list(bench.cache.glob("*.logits"))) == (when == "run")
+
+
+def test_logits_that_another_uses_are_kept(bench: Bench) -> None:
+    bench.run("tq4", "--keep-base")
+    with runs.lock(bench.logits().with_suffix(".lock"), fcntl.LOCK_SH):
+        assert "is kept: another process uses it" in bench.succeed("tq3", "--no-keep-base").stderr
+        assert bench.logits().is_file()
+    bench.run("tq2", "--no-keep-base")
+    assert not list(bench.cache.iterdir())
 
 
 def test_records_survive_the_file(tmp_path: Path, record: Record) -> None:

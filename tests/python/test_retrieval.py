@@ -295,6 +295,19 @@ def test_another_type_than_the_one_asked_for_is_refused(search: Search, tmp_path
     assert {str(r.pair) for r in search.records()} == {"f16"}
 
 
+def test_a_text_that_changes_meanwhile_is_refused(search: Search, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(search.text.read_bytes())
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / retrieval.PROGRAM
+    real = search.bin_dir / retrieval.PROGRAM
+    script.write_text(f'#!/bin/bash\ncase "$*" in *--port*) echo >> {text};; esac\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    search.text, search.bin_dir = text, script.parent
+    search.refuses("text.txt has changed meanwhile", "tq3")
+    assert not search.records()
+
+
 def test_a_damaged_line_is_said(search: Search) -> None:
     search.run("f16", "--tasks", "niah")
     whole = search.output.read_text()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_tq.eval import runs
-from ggml_tq.eval.perplexity import Part, Printed, Program, printed_cache
+from ggml_tq.eval.perplexity import Part, Printed, Program, printed_cache, unchanged
 from ggml_tq.eval.runs import EvalError, Json, JsonLines, Pair
 
 SCHEMA = 1
@@ -154,8 +154,7 @@ class Plan:
 
     def check(self) -> None:
         """Raise EvalError where the plan makes no sense."""
-        if not self.model.is_file():
-            raise EvalError(f"{self.model} is missing")
+        runs.check_file(self.model)
         if not self.depths or min(self.depths) < 0 or max(self.depths) >= 2**31:
             raise EvalError("depths are numbers of tokens, 0 or more, below 2^31")
         if self.parallel and (min(self.depths) < 1 or min(self.parallel) < 1):
@@ -208,21 +207,21 @@ class Session:
 
     def run(self, plan: Plan, settings: Settings) -> None:
         """Run the rounds that are not recorded yet: all depths, then again."""
-        done = {r.key for r in self.rounds.read()[0]}
-        for repetition in range(plan.repetitions):
-            for depth in plan.depths:
-                if (settings.key(), depth, repetition) not in done:
-                    self._round(plan, settings, depth, repetition)
+        with self.rounds.session():
+            done = {r.key for r in self.rounds.read()[0]}
+            for repetition in range(plan.repetitions):
+                for depth in plan.depths:
+                    if (settings.key(), depth, repetition) not in done:
+                        self._round(plan, settings, depth, repetition)
 
     def _round(self, plan: Plan, s: Settings, depth: int, repetition: int) -> None:
         program = self._program(s.program)
-        if program.sha256() != s.binary_sha256:
-            raise EvalError(f"{s.program} was built again meanwhile")
         first = repetition % len(s.pairs)
         found = []
         for name in s.pairs[first:] + s.pairs[:first]:
             self.on_start(Pair.parse(name), depth, repetition)
-            found.append(self._run(plan.model, s, Pair.parse(name), depth))
+            with unchanged(s, program, plan.model):
+                found.append(self._run(plan.model, s, Pair.parse(name), depth))
         result = Round(s, depth, repetition, tuple(found), runs.source(program.version(), self.build))
         self.rounds.append(result)
         self.on_round(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import math
@@ -101,8 +102,7 @@ class Session:
 
     def settings(self, plan: Plan, context: int) -> Settings:
         for file in (plan.model, plan.text):
-            if not file.is_file():
-                raise EvalError(f"{file} is missing")
+            runs.check_file(file)
         chunks = plan.chunks(context)
         settings = Settings(
             model=plan.model.name,
@@ -136,11 +136,12 @@ class Session:
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Do what is not in the store yet; each result is in the store before the next run begins."""
-        for n, job in enumerate(jobs):
-            if job.key not in {r.key for r in self.store.read()[0]}:
-                self.on_record(self._run(job))
-            if not self.keep_bases and job.settings not in {later.settings for later in jobs[n + 1 :]}:
-                self.bases.drop(job.settings)  # gigabytes
+        with self.store.session(), contextlib.closing(self.bases):
+            for n, job in enumerate(jobs):
+                if job.key not in {r.key for r in self.store.read()[0]}:
+                    self.on_record(self._run(job))
+                if not self.keep_bases and job.settings not in {later.settings for later in jobs[n + 1 :]}:
+                    self.bases.drop(job.settings)  # gigabytes
 
     def _run(self, job: Job) -> Record:
         s, plan = job.settings, job.plan
@@ -152,18 +153,19 @@ class Session:
         base = self.bases.get(self.program, s, plan.model, plan.text)
         self.on_start(f"{s.model}, {s.context} tokens: {job.pair}, {job.path}", job.cost)
         start = time.monotonic()
-        cache, figures, chunk_kld = perplexity.compare(
-            self.program,
-            plan.model,
-            base,
-            job.pair,
-            job.path,
-            context=s.context,
-            chunks=s.chunks,
-            threads=s.threads,
-            flags=s.flags,
-            progress=progress,
-        )
+        with perplexity.unchanged(s, self.program, plan.model, plan.text):
+            cache, figures, chunk_kld = perplexity.compare(
+                self.program,
+                plan.model,
+                base,
+                job.pair,
+                job.path,
+                context=s.context,
+                chunks=s.chunks,
+                threads=s.threads,
+                flags=s.flags,
+                progress=progress,
+            )
         record = Record(
             settings=s,
             pair=job.pair,

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import BinaryIO, Protocol
 
-from ggml_tq.eval.runs import Cache, EvalError, Figure, Pair, PathKind, Settings, sha256
+from ggml_tq.eval.runs import Cache, EvalError, Figure, Pair, PathKind, Settings, lock, sha256
 
 PROGRAM = "llama-perplexity"
 BATCH = 2048  # tokens given to the library at once, at most
@@ -133,6 +134,32 @@ class Program:
         if process.returncode != 0:
             raise EvalError(f"{self.path.name} failed with status {process.returncode}: {reason(text)}")
         return text
+
+
+class Hashes(Protocol):
+    """Settings that name files by their hashes."""
+
+    @property
+    def binary_sha256(self) -> str: ...
+    @property
+    def model_sha256(self) -> str: ...
+
+
+@contextlib.contextmanager
+def unchanged(settings: Hashes, program: Program, model: Path, text: Path | None = None) -> Iterator[None]:
+    """Around a run: raises EvalError, before and after, unless its files are those that the settings name."""
+
+    def check() -> None:
+        found = [(program.path, "binary", program.sha256()), (model, "model", sha256(model))]
+        if text is not None:
+            found.append((text, "text", sha256(text)))
+        for path, name, digest in found:
+            if digest != getattr(settings, f"{name}_sha256"):
+                raise EvalError(f"{path} has changed meanwhile: start again")
+
+    check()
+    yield
+    check()
 
 
 def reason(text: str) -> str:
@@ -356,12 +383,13 @@ def check_space(folder: Path, need: int) -> None:
 class BaseCache:
     """Files of f16 logits, each with a sidecar of its size, hash and printed cache.
 
-    A file whose size or hash is not the sidecar's is computed again.
+    A file whose size or hash is not the sidecar's is computed again. What this object has given is locked until
+    `close` or `drop`, so that no other process deletes it.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
         self.folder, self.say = folder, say
-        self.verified: dict[Path, Base] = {}  # by this object, so that a file is read once
+        self.given: dict[Path, tuple[Base, BinaryIO]] = {}
 
     def path(self, settings: Settings) -> Path:
         return self.folder / f"{settings.key()}.logits"
@@ -371,44 +399,65 @@ class BaseCache:
     ) -> Base:
         """The base of `settings`, computed unless a whole one is there."""
         target = self.path(settings)
-        if target in self.verified:
-            return self.verified[target]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock(target):
-            base = self._load(target)
-            if base is None:
-                partial = target.with_suffix(".partial")
-                partial.unlink(missing_ok=True)
-                try:
-                    done = compute_base(
-                        program,
-                        model,
-                        text,
-                        partial,
-                        context=settings.context,
-                        chunks=settings.chunks,
-                        threads=settings.threads,
-                        flags=settings.flags,
-                        progress=progress,
-                    )
-                    base = self._keep(partial, target, done)
-                finally:
-                    partial.unlink(missing_ok=True)
-        self.verified[target] = base
-        return base
+        try:
+            while target not in self.given:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if target.is_dir():
+                    raise EvalError(f"{target} is a folder")
+                shared = lock(target.with_suffix(".lock"), fcntl.LOCK_SH)
+                if base := self._load(target):
+                    self.given[target] = base, shared
+                    break
+                shared.close()
+                with lock(target.with_suffix(".lock"), fcntl.LOCK_EX):  # waits for whoever computes it
+                    if self._load(target) is None:
+                        self._compute(target, program, settings, model, text, progress)
+        except OSError as e:
+            raise EvalError(f"{e.filename or target}: {e.strerror}") from e
+        return self.given[target][0]
+
+    def _compute(
+        self, target: Path, program: Program, settings: Settings, model: Path, text: Path, progress: Progress
+    ) -> None:
+        if target.exists():
+            self.say(f"{target} is damaged: computing it again")
+        partial = target.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        try:
+            with unchanged(settings, program, model, text):
+                done = compute_base(
+                    program,
+                    model,
+                    text,
+                    partial,
+                    context=settings.context,
+                    chunks=settings.chunks,
+                    threads=settings.threads,
+                    flags=settings.flags,
+                    progress=progress,
+                )
+            self._keep(partial, target, done)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def drop(self, settings: Settings) -> None:
-        """Delete the files of `settings`."""
+        """Delete the files of `settings`, unless another process uses them."""
         target = self.path(settings)
-        self.verified.pop(target, None)
-        for path in (target, target.with_suffix(".json"), target.with_suffix(".lock")):
-            path.unlink(missing_ok=True)
+        if target in self.given:
+            self.given.pop(target)[1].close()
+        if not target.exists():
+            return
+        try:
+            with lock(target.with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB):
+                for path in (target, target.with_suffix(".json"), target.with_suffix(".lock")):
+                    path.unlink(missing_ok=True)
+        except BlockingIOError:
+            self.say(f"{target} is kept: another process uses it")
 
-    @contextlib.contextmanager
-    def _lock(self, target: Path) -> Iterator[None]:
-        with target.with_suffix(".lock").open("w") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            yield
+    def close(self) -> None:
+        """Let others delete what was given."""
+        while self.given:
+            self.given.popitem()[1][1].close()
 
     def _load(self, target: Path) -> Base | None:
         sidecar = target.with_suffix(".json")
@@ -421,12 +470,9 @@ class BaseCache:
             whole = target.stat().st_size == data["size"] and sha256(target) == data["sha256"]
         except (ValueError, TypeError, KeyError, OSError):
             whole = False
-        if not whole:
-            self.say(f"{target} is damaged: computing it again")
-            return None
-        return Base(target, printed)
+        return Base(target, printed) if whole else None
 
-    def _keep(self, partial: Path, target: Path, base: Base) -> Base:
+    def _keep(self, partial: Path, target: Path, base: Base) -> None:
         data = {"size": partial.stat().st_size, "sha256": sha256(partial), "cache": dataclasses.asdict(base.cache)}
         sidecar = target.with_suffix(".json")
         sidecar.unlink(missing_ok=True)  # never beside the logits of another time
@@ -434,4 +480,3 @@ class BaseCache:
         scratch = sidecar.with_suffix(".json.partial")
         scratch.write_text(json.dumps(data))
         scratch.replace(sidecar)
-        return Base(target, base.cache)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ggml_tq.eval import haystack, runs
 from ggml_tq.eval.haystack import Frame, Query, Task, Tokens
-from ggml_tq.eval.perplexity import Part, Printed, Program, environment, printed_cache, reason
+from ggml_tq.eval.perplexity import Part, Printed, Program, environment, printed_cache, reason, unchanged
 from ggml_tq.eval.runs import EvalError, Json, JsonLines, Pair
 
 SCHEMA = 1
@@ -304,8 +304,7 @@ class Session:
     def jobs(self, plan: Plan) -> list[Job]:
         """All of a plan: by length, then pair, then task. Raises EvalError where a plan makes no sense."""
         for file in (plan.model, plan.text):
-            if not file.is_file():
-                raise EvalError(f"{file} is missing")
+            runs.check_file(file)
         if plan.trials < 1:
             raise EvalError("want at least one trial")
         if not plan.depths or not all(0 <= d <= 1 for d in plan.depths) or len(set(plan.depths)) < len(plan.depths):
@@ -338,24 +337,26 @@ class Session:
 
     def run(self, plan: Plan, jobs: Sequence[Job]) -> None:
         """Do what is not recorded yet; each record is on disk before the next haystack is read."""
-        done = {r.key for r in self.records.read()[0]}
-        pool = haystack.sentences(plan.text.read_text(encoding="utf-8", errors="replace"))
-        missing = [j for j in jobs if j.key not in done]
-        for (flags, pair), group in itertools.groupby(missing, lambda j: (j.settings.flags, j.pair)):
-            if self.program.sha256() != jobs[0].settings.binary_sha256:
-                raise EvalError(f"{PROGRAM} was built again meanwhile")
-            with serve(self.program, plan.model, pair, self.threads, flags) as (client, cache):
-                frame = client.frame()
-                for job in group:
-                    self._run(job, client, cache, frame, pool)
+        with self.records.session():
+            done = {r.key for r in self.records.read()[0]}
+            pool = haystack.sentences(plan.text.read_text(encoding="utf-8", errors="replace"))
+            missing = [j for j in jobs if j.key not in done]
+            for (flags, pair), group in itertools.groupby(missing, lambda j: (j.settings.flags, j.pair)):
+                with serve(self.program, plan.model, pair, self.threads, flags) as (client, cache):
+                    frame = client.frame()
+                    for job in group:
+                        with unchanged(job.settings, self.program, plan.model, plan.text):
+                            record = self._read(job, client, cache, frame, pool)
+                        self.records.append(record)
+                        self.on_record(record)
 
-    def _run(self, job: Job, client: Client, cache: Printed, frame: Frame, pool: Sequence[str]) -> None:
+    def _read(self, job: Job, client: Client, cache: Printed, frame: Frame, pool: Sequence[str]) -> Record:
         s = job.settings
         start = time.monotonic()
         seed = f"{s.seed}/{s.task}/{s.length}/{job.trial}"
         hay = haystack.build(s.task, s.length, s.depths, seed, pool, frame, client.tokenize, s.digits)
         client.read(hay.prefix)
-        record = Record(
+        return Record(
             settings=s,
             pair=job.pair,
             trial=job.trial,
@@ -367,5 +368,3 @@ class Session:
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - start, 1),
         )
-        self.records.append(record)
-        self.on_record(record)

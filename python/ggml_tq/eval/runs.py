@@ -7,18 +7,18 @@ settings are equal. The cache types and the path are what a comparison varies.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, BinaryIO, Generic, Literal, Protocol, TypeVar
 
 SCHEMA = 1
 REPO = Path(__file__).resolve().parents[3]
@@ -36,22 +36,47 @@ class EvalError(Exception):
     """An evaluation that cannot be done or trusted; the message is one line for the user."""
 
 
-@functools.lru_cache(maxsize=64)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+_HASHES: dict[tuple[int, ...], str] = {}  # by device, inode, size and time
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex; read again only if its size or time has changed."""
+    """SHA-256 of a file, in hex; read again only if it is another file, or its size or time has changed."""
     try:
         stat = path.stat()
-        return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if key not in _HASHES:
+            digest = hashlib.sha256()
+            with path.open("rb") as f:
+                while block := f.read(1 << 22):
+                    digest.update(block)
+            _HASHES[key] = digest.hexdigest()
+        return _HASHES[key]
     except OSError as e:
         raise EvalError(f"{path}: {e.strerror}") from e
+
+
+def check_file(path: Path) -> None:
+    """Raise EvalError unless this is a file."""
+    if not path.is_file():
+        raise EvalError(f"{path} is {'no file' if path.exists() else 'missing'}")
+
+
+def lock(path: Path, how: int) -> BinaryIO:
+    """Open a file, which is made if it is not there, with a lock of fcntl.flock on it.
+
+    Whoever has it exclusively may delete it: a lock counts only on the file that has the name. With LOCK_NB raises
+    BlockingIOError where another has it.
+    """
+    while True:
+        f = path.open("a+b")
+        try:
+            fcntl.flock(f, how)
+            if path.exists() and os.path.samestat(os.fstat(f.fileno()), path.stat()):
+                return f
+        except BaseException:
+            f.close()
+            raise
+        f.close()
 
 
 @dataclass(frozen=True)
@@ -222,6 +247,7 @@ class JsonLines(Generic[R]):
 
     def __init__(self, path: Path, parse: Callable[[Json], R]) -> None:
         self.path, self.parse = path, parse
+        self._file: BinaryIO | None = None  # while a session lasts
 
     def read(self) -> tuple[list[R], str | None]:
         """All records, and the half-written last line if there is one. Raises EvalError where a line is damaged."""
@@ -235,27 +261,69 @@ class JsonLines(Generic[R]):
         records = []
         for number, line in enumerate(lines, 1):
             try:
-                records.append(self.parse(json.loads(line)))
-            except (ValueError, EvalError) as e:
+                records.append(self._parse(line))
+            except EvalError as e:
                 raise EvalError(f"{self.path}, line {number}: {e}") from e
-        return records, tail.decode(errors="replace") or None
+        try:  # only its newline may be missing
+            return [*records, self._parse(tail)], None
+        except EvalError:
+            return records, tail.decode(errors="replace") or None
+
+    def _parse(self, line: bytes) -> R:
+        try:
+            return self.parse(json.loads(line))
+        except (ValueError, RecursionError) as e:
+            raise EvalError(str(e)) from e
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Keep the file for this process: what it holds stays true, and it can be written.
+
+        Raises EvalError, before any work is done, where another process has it or it cannot be written. The lock is
+        a file beside it with the process' number.
+        """
+        place = self.path.with_name(self.path.name + ".lock")
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                held = stack.enter_context(lock(place, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                stack.callback(place.unlink)
+                held.truncate(0)
+                held.write(str(os.getpid()).encode())
+                held.flush()
+                self._file = stack.enter_context(self.path.open("a+b"))
+            except BlockingIOError as e:
+                who = place.read_text() if place.exists() else "?"
+                raise EvalError(f"{self.path}: process {who} is adding to it") from e
+            except OSError as e:
+                raise EvalError(f"{self.path}: {e.strerror}") from e
+            try:
+                yield
+            finally:
+                if not os.fstat(self._file.fileno()).st_size:
+                    self.path.unlink()
+                self._file = None
 
     def append(self, record: R) -> None:
         """Add one record; it is on disk when this returns."""
         line = json.dumps(record.to_json(), allow_nan=False).encode() + b"\n"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            created = not self.path.exists()
-            with self.path.open("a+b") as f:
-                fcntl.flock(f, fcntl.LOCK_EX)
-                f.truncate(_whole(f.fileno()))
-                f.write(line)
-                f.flush()
-                os.fsync(f.fileno())
-            if created:
-                _sync_directory(self.path.parent)
-        except OSError as e:
-            raise EvalError(f"{self.path}: {e.strerror}") from e
+        with contextlib.nullcontext() if self._file else self.session():
+            assert self._file is not None
+            try:
+                whole = _whole(self._file.fileno())
+                self._file.seek(whole)
+                try:  # as in read
+                    self._parse(self._file.read())
+                    line = b"\n" + line
+                except EvalError:
+                    self._file.truncate(whole)
+                self._file.write(line)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                if not whole:
+                    _sync_directory(self.path.parent)
+            except OSError as e:
+                raise EvalError(f"{self.path}: {e.strerror}") from e
 
 
 class Store(JsonLines[Record]):
