@@ -213,6 +213,9 @@ def test_what_cannot_be_measured_is_refused(bench: Bench, tmp_path: Path) -> Non
     bench.refuses("the text has", "tq3", "--chunks", 99)
     bench.refuses("you need at least", "tq3", "-c", 2048, "--chunks", 1)
     bench.refuses("scored tokens", "tq3", "-c", 128, "--chunks", 1)
+    bench.refuses("a context of at least one token", "tq3", "-c", 0)
+    bench.refuses("a context of at least one token", "tq3", "-c", -512)
+    bench.refuses("at least one thread", "tq3", "-t", 0)
     bench.refuses("no pair of cache types", "tq3/")
     bench.refuses("path 'fast'", "tq3", "--path", "fast")
     bench.refuses("Unsupported cache type: tq9", "tq4,tq9")
@@ -221,7 +224,51 @@ def test_what_cannot_be_measured_is_refused(bench: Bench, tmp_path: Path) -> Non
     bench.refuses("is missing", "tq3", "--bin", tmp_path)
     bench.model = tmp_path / "none.gguf"
     bench.refuses("none.gguf is missing", "tq3")
+    bench.model = tmp_path
+    bench.refuses(f"{tmp_path} is no file", "tq3")
     assert not bench.output.exists()
+
+
+def test_flags_cannot_contradict_the_settings(bench: Bench) -> None:
+    for flag in ("-m x", "--model=x", "-c 64", "--ctx-size 64", "--ctx_size 64", "-t 1", "--threads=1", "-hf a/b"):
+        bench.refuses(f"--flags: {flag.replace('=', ' ').split()[0]} is set by the command", "tq3", "--flags", flag)
+    for flag in ("-ctk f16", "--cache-type-v f16", "-f x", "--file x", "--chunks 1", "--save-all-logits x"):
+        bench.refuses(f"--flags: {flag.split()[0]} is set by the command", "tq3", "--flags", flag)
+    bench.refuses("No closing quotation", "tq3", "--flags", "'")
+    assert (
+        bench.run("tq3", "--flags", "--override-kv 'llama.context_length=int:1024'")[0].settings.flags[-1][-4:]
+        == "1024"
+    )
+
+
+def test_a_text_that_is_too_short_is_found_at_once(bench: Bench, tmp_path: Path) -> None:
+    """The program says how many chunks there are before it computes them."""
+    said = "echo perplexity: calculating perplexity over 3 chunks; sleep 60"
+    real = bench.bin_dir / "llama-perplexity"
+    bench.bin_dir = _script(tmp_path / "bin", f'case "$*" in *--save*) {said};; esac; exec {real} "$@"')
+    start = time.monotonic()
+    bench.refuses("the text has 3 chunks, not 99", "tq3", "--chunks", 99)
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a killed command leaves its program")
+def test_programs_end_with_a_killed_command(bench: Bench, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    real = bench.bin_dir / "llama-perplexity"
+    bench.bin_dir = _script(
+        tmp_path / "bin", f'case "$*" in *--save*) echo $$ > {pid}; exec sleep 60;; esac; exec {real} "$@"'
+    )
+    command = [sys.executable, "-c", "from ggml_tq.cli import app; app()", *bench.args("tq3")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (pid.exists() and pid.read_text()):
+        time.sleep(0.005)
+    program = Path("/proc") / pid.read_text().strip() / "cmdline"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while program.exists() and program.read_bytes() and time.monotonic() < deadline:  # a zombie has no command line
+        time.sleep(0.01)
+    assert not program.exists() or not program.read_bytes()
 
 
 def test_a_killed_run_is_lost_and_nothing_else(bench: Bench) -> None:
@@ -241,8 +288,9 @@ def test_a_killed_run_is_lost_and_nothing_else(bench: Bench) -> None:
     assert [str(r.pair) for r in after] == types.split(",")
 
 
-def test_interrupted_programs_end(bench: Bench) -> None:
-    """SIGTERM ends the command, and the llama-perplexity that it runs, and leaves no partial logits."""
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_programs_end(bench: Bench, how: signal.Signals) -> None:
+    """SIGTERM or SIGHUP ends the command, and the llama-perplexity that it runs, and leaves no partial logits."""
     command = [
         sys.executable,
         "-c",
@@ -252,7 +300,7 @@ def test_interrupted_programs_end(bench: Bench) -> None:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(bench.cache.glob("*.partial")):
         time.sleep(0.005)
-    process.terminate()
+    process.send_signal(how)
     _, err = process.communicate()
     assert process.returncode == 1
     assert err.strip().splitlines()[-1] == "error: interrupted; the results so far are recorded"
@@ -291,6 +339,17 @@ def test_two_writers(tmp_path: Path, record: Record) -> None:
     for store, k in ((a, "tq4"), (b, "tq3"), (a, "tq2")):
         store.append(dataclasses.replace(record, pair=Pair(k, k)))
     assert [r.pair.k for r in a.read()[0]] == ["tq4", "tq3", "tq2"]
+
+
+def test_logits_that_cannot_be_kept(bench: Bench, tmp_path: Path) -> None:
+    bench.run("tq3", "--keep-base")
+    logits = bench.logits()
+    logits.unlink()
+    logits.mkdir()
+    bench.refuses(f"{logits} is a folder", "tq4")
+    bench.cache = tmp_path / "file"
+    bench.cache.touch()
+    bench.refuses(f"{bench.cache}: File exists", "tq4")
 
 
 def test_one_output_has_one_process(bench: Bench) -> None:

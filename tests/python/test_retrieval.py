@@ -238,6 +238,21 @@ def test_same_command_same_numbers(tmp_path: Path, random_model: RandomModel, pr
     assert found[0] == found[1]
 
 
+def test_without_upstreams_rotation(search: Search) -> None:
+    records = search.run("q4_0,q4_0-norot", "--tasks", "niah")
+    (group,) = retrieval_report.groups(records)
+    assert {row.label for row in group.rows} == {"f16 / f16", "q4_0 / q4_0", "q4_0-norot / q4_0-norot"}
+    assert records[1].answers != records[2].answers
+
+
+def test_a_report_that_cannot_be_written(search: Search) -> None:
+    search.run("f16", "--tasks", "niah")
+    report = search.output.with_suffix(".md")
+    report.unlink()
+    report.mkdir()
+    search.refuses("Is a directory", "f16", "--report-only")
+
+
 def test_recorded_haystacks_are_skipped(search: Search) -> None:
     search.run("f16", "--tasks", "niah")
     first = search.output.read_bytes()
@@ -276,6 +291,8 @@ def test_what_cannot_be_measured_is_refused(search: Search, tmp_path: Path) -> N
     search.refuses("at least one trial", "tq3", "--trials", 0)
     search.refuses("digits", "tq3", "--digits", 1)
     search.refuses("invalid argument: --foo", "tq3", "--flags", "--foo")
+    search.refuses("--parallel is set by the command", "tq3", "--flags", "--parallel 2")
+    search.refuses("one thread", "tq3", "-t", 0)
     search.refuses("no room for 2 facts", "tq3", "--lengths", 64)
     search.refuses("is missing", "tq3", "--bin", tmp_path)
     search.model = tmp_path / "none.gguf"

@@ -25,6 +25,9 @@ BENCH = "llama-bench"
 BATCHED = "llama-batched-bench"
 DEPTHS = (0, 2048, 8192, 32768)
 F16 = Pair("f16", "f16")
+OWN = ("-ctk", "-ctv", "-fa", "-t")  # options that `arguments` sets
+BENCH_OWN = (*OWN, "-p", "-n", "-pg", "-d", "-r", "-o")
+BATCHED_OWN = (*OWN, "-c", "-npp", "-ntg", "-npl", "--output-format", "-lv")
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def store(path: Path) -> JsonLines[Round]:
 
 def arguments(s: Settings, pair: Pair, depth: int) -> list[str]:
     """Options of one run, after the model's."""
-    types = ["-ctk", pair.k, "-ctv", pair.v, "-fa", "on", "-t", str(s.threads)]
+    k, v = pair.types
+    types = ["-ctk", k, "-ctv", v, "-fa", "on", "-t", str(s.threads)]
     if s.program == BENCH:  # -v prints the cache; nothing more is printed while a test runs
         sizes = ["-p", str(s.prompt), "-n", str(s.generate), "-d", str(depth), "-r", "1", "-o", "jsonl", "-v"]
     else:
@@ -183,6 +187,7 @@ class Session:
         """Raises EvalError where the plan cannot be done."""
         plan.check()
         program = self._program(BATCHED if plan.parallel else BENCH)
+        program.check_flags(plan.flags, BATCHED_OWN if plan.parallel else BENCH_OWN)
         pairs = tuple(dict.fromkeys([F16, *plan.pairs]))
         for pair in pairs:  # an unknown type is to stop us now, not after an hour
             program.check(pair, plan.flags)
@@ -230,7 +235,7 @@ class Session:
         args = arguments(s, pair, depth)
         started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         load = round(os.getloadavg()[0], 2)
-        log = self._program(s.program).run(["-m", model, *args], share_cores=False)
+        log = self._program(s.program).run(["-m", model, *args], share_cores=False, extra_environment=pair.environment)
         found, backends, contexts = speeds(log, s)
         return Run(
             pair=pair,

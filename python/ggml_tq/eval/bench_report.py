@@ -35,7 +35,9 @@ class Spread:
     high: float
 
     def show(self, digits: int) -> str:
-        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+        """The range only where there is one: not of a single repetition."""
+        median = f"{self.median:.{digits}f}"
+        return median + (f" ({self.low:.{digits}f} to {self.high:.{digits}f})" if self.low < self.high else "")
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -84,7 +86,8 @@ class Group:
             first = runs[0][0]
             speeds = {t: spread([run.speeds[t] for run, _ in runs]) for t in self.tests}
             ratios = {t: spread([run.speeds[t] / f16.speeds[t] for run, f16 in runs]) for t in self.tests}
-            result.append(Cell(f"{first.cache.k} / {first.cache.v}", depth, mib(first), speeds, ratios))
+            label = " / ".join(first.pair.names(first.cache.k, first.cache.v))
+            result.append(Cell(label, depth, mib(first), speeds, ratios))
         return result
 
 

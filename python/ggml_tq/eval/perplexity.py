@@ -7,6 +7,7 @@ once, kept in a cache directory under a hash of all that they depend on, and ver
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -15,13 +16,15 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, Protocol
+from typing import IO, BinaryIO, Protocol
 
 from ggml_tq.eval.runs import Cache, EvalError, Figure, Pair, PathKind, Settings, lock, sha256
 
@@ -30,6 +33,8 @@ BATCH = 2048  # tokens given to the library at once, at most
 UBATCH = 512  # tokens it computes at once
 DECODE = ("-ub", "1")  # takes the kernel that generates text
 F16 = Pair("f16", "f16")
+MODEL = ("-m", "-mu", "-dr", "-hf", "-hff")  # options of every program that name a model
+OWN = ("-f", "-bf", "-p", "-c", "-t", "-ctk", "-ctv", "-lv", "--chunks", "--kl-divergence", "--kl-divergence-base")
 
 _NUMBER = r"(-?(?:[\d.]+|nan|inf))"
 _VALUE = r"\s*:?\s*" + _NUMBER
@@ -61,6 +66,30 @@ def _no_progress(_: int) -> None:
 def environment() -> dict[str, str]:
     """The environment of a program: the user's own settings must not reach it."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "GGML_"))}
+
+
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def start(command: Sequence[object], output: int | IO[bytes], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a program, which on Linux ends with this process, whatever ends that."""
+    parent = os.getpid()
+
+    def tie() -> None:
+        if _PRCTL:
+            _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it ended before
+                os._exit(1)
+
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=env,
+        preexec_fn=tie if _PRCTL else None,
+    )
 
 
 class Program:
@@ -98,6 +127,18 @@ class Program:
         k, v = pair.types
         self.run([*flags, "-ctk", k, "-ctv", v, "--version"])
 
+    def check_flags(self, flags: Sequence[str], own: Iterable[str]) -> None:
+        """Raise EvalError where a user's flag is one of our own, by any of the names that the program's help has."""
+        help_text = self.run(["--help"])
+        names: list[list[str]] = [
+            found.replace(",", " ").split() for found in re.findall(r"^ *(-[-\w]+(?:, +-[-\w]+)*)", help_text, re.M)
+        ]
+        taken = {name for option in names for name in option if not {*own, *MODEL}.isdisjoint(option)}
+        for flag in flags:
+            name = flag.partition("=")[0]
+            if (name.replace("_", "-") if name.startswith("--") else name) in taken:
+                raise EvalError(f"--flags: {name} is set by the command itself")
+
     def run(
         self,
         args: Sequence[object],
@@ -111,13 +152,7 @@ class Program:
         With `share_cores` idle threads sleep rather than spin, for other work's sake.
         """
         env = environment() | ({"OMP_WAIT_POLICY": "passive"} if share_cores else {}) | dict(extra_environment)
-        process = subprocess.Popen(
-            [str(self.path), *map(str, args)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=env,
-        )
+        process = start([self.path, *args], subprocess.PIPE, env)
         assert process.stdout is not None
         raw = b""
         try:
@@ -272,7 +307,13 @@ def _check_chunks(log: str, wanted: int) -> None:
     match = _CHUNKS.search(log)
     if match is None:
         raise EvalError(f"no result from {PROGRAM}: {reason(log)}")
-    if int(match[1]) != wanted:
+    _check_started(log, wanted)
+
+
+def _check_started(log: str, wanted: int) -> None:
+    """The same, while the program runs: it says how many before it computes them."""
+    match = _CHUNKS.search(log)
+    if match and int(match[1]) != wanted:
         raise EvalError(f"the text has {match[1]} chunks, not {wanted}")
 
 
@@ -305,6 +346,7 @@ def compute_base(
         if not checked and (vocab := re.search(r"n_vocab += (\d+)\n", log)):
             check_space(out.parent, logits_size(context, chunks, int(vocab[1])))
             checked = True
+        _check_started(log, chunks)
         progress(len(re.findall(r"\[\d+\]", log)))
 
     args = [*_args(model, context, threads, flags), "-f", text, "--chunks", chunks]

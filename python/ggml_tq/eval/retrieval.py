@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ggml_tq.eval import haystack, runs
 from ggml_tq.eval.haystack import Frame, Query, Task, Tokens
-from ggml_tq.eval.perplexity import Part, Printed, Program, environment, printed_cache, reason, unchanged
+from ggml_tq.eval.perplexity import Part, Printed, Program, environment, printed_cache, reason, start, unchanged
 from ggml_tq.eval.runs import EvalError, Json, JsonLines, Pair
 
 SCHEMA = 1
@@ -35,6 +35,7 @@ DIGITS = 5
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 START_SECONDS = 600  # for loading a model
 REQUEST_SECONDS = 3600  # for reading a haystack
+OWN = ("-c", "-t", "-ctk", "-ctv", "-np", "-lv", "--host", "--port")  # options that are not the user's
 _MARK = "@@question@@"
 _BIAS = 1e4  # more than any two logits differ
 
@@ -226,20 +227,16 @@ def serve(
 ) -> Iterator[tuple[Client, Printed]]:
     """A server on the loopback interface with one pair of cache types, and the cache that it printed."""
     port = _free_port()
-    args = ["-m", model, "-t", threads, "-ctk", pair.k, "-ctv", pair.v, *flags, "-lv", 4]
+    k, v = pair.types
+    args = ["-m", model, "-t", threads, "-ctk", k, "-ctv", v, *flags, "-lv", 4]
     command = [program.path, "--host", "127.0.0.1", "--port", port, *args]
     with tempfile.TemporaryFile() as log:
 
         def printed() -> str:
             return os.pread(log.fileno(), 1 << 24, 0).decode(errors="replace")
 
-        process = subprocess.Popen(
-            list(map(str, command)),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment() | {"OMP_WAIT_POLICY": "passive"},  # idle threads sleep, for other work shares the cores
-        )
+        # idle threads sleep, for other work shares the cores
+        process = start(command, log, environment() | {"OMP_WAIT_POLICY": "passive"} | pair.environment)
         try:
             client = Client(port)
             deadline = time.monotonic() + START_SECONDS
@@ -305,12 +302,13 @@ class Session:
         """All of a plan: by length, then pair, then task. Raises EvalError where a plan makes no sense."""
         for file in (plan.model, plan.text):
             runs.check_file(file)
-        if plan.trials < 1:
-            raise EvalError("want at least one trial")
+        if plan.trials < 1 or self.threads < 1:
+            raise EvalError("want at least one trial and one thread")
         if not plan.depths or not all(0 <= d <= 1 for d in plan.depths) or len(set(plan.depths)) < len(plan.depths):
             raise EvalError("depths are different numbers from 0 to 1")
         if not 2 <= plan.digits <= 12:
             raise EvalError("want 2 to 12 digits")
+        self.program.check_flags(plan.flags, OWN)
         for pair in plan.pairs:  # an unknown type is to stop us now, not after hours
             self.program.check(pair, plan.flags)
         shared: Json = {

@@ -69,8 +69,8 @@ class Row:
 
     @property
     def label(self) -> str:
-        cache = next(iter(self.records.values())).cache
-        return f"{cache.k} / {cache.v}"
+        first = next(iter(self.records.values()))
+        return " / ".join(first.pair.names(first.cache.k, first.cache.v))
 
     @property
     def mib(self) -> float:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -109,6 +110,11 @@ class Pair:
         """What the programs need in theirs."""
         return {"LLAMA_ATTN_ROT_DISABLE": "1"} if self.k.endswith(NO_ROTATION) else {}
 
+    def names(self, k: str, v: str) -> tuple[str, str]:
+        """These effective types, and whether upstream's rotation was off."""
+        off = NO_ROTATION if self.environment else ""
+        return k + off, v + off
+
     def __str__(self) -> str:
         return self.k if self.k == self.v else f"{self.k}/{self.v}"
 
@@ -122,6 +128,14 @@ def whole_numbers(text: str, what: str, least: int = 0) -> tuple[int, ...]:
     if numbers[0] < least:
         raise EvalError(f"'{text}' are no {what}: want {least} or more")
     return tuple(numbers)
+
+
+def split_flags(text: str) -> tuple[str, ...]:
+    """Options of a program as a shell splits them."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as e:
+        raise EvalError(f"--flags '{text}': {e}") from e
 
 
 @dataclass(frozen=True)
@@ -194,9 +208,7 @@ class Record:
 
     @property
     def names(self) -> tuple[str, str]:
-        """The effective types of keys and values, and whether upstream's rotation was off."""
-        off = NO_ROTATION if self.pair.environment else ""
-        return self.cache.k + off, self.cache.v + off
+        return self.pair.names(self.cache.k, self.cache.v)
 
     def value(self, name: str) -> float | None:
         return self.figures[name][0]
