@@ -333,6 +333,30 @@ def test_a_damaged_line_is_not_dropped(bench: Bench) -> None:
         assert bench.output.read_text() == damaged
 
 
+def test_what_is_no_record_is_said(tmp_path: Path, record: Record) -> None:
+    store = Store(tmp_path / "x.jsonl")
+    whole = record.to_json()
+
+    def with_(name: str, value: object) -> str:
+        return json.dumps({**whole, name: value})
+
+    figures = whole["figures"]
+    for damaged in (
+        with_("figures", {k: v for k, v in figures.items() if k != "kld"}),
+        with_("figures", {**figures, "kld": ["0.1", 0.1]}),
+        with_("figures", {**figures, "kld": [0.1]}),
+        with_("cache", {**whole["cache"], "bits": "4.5"}),
+        with_("cache", {**whole["cache"], "more": 1}),
+        with_("path", "fast"),
+        with_("chunk_kld", 3),
+        "1",
+        "[" * 100_000,
+    ):
+        store.path.write_text(damaged + "\n")
+        with pytest.raises(EvalError, match="line 1: "):
+            store.read()
+
+
 def test_two_writers(tmp_path: Path, record: Record) -> None:
     """Each takes the other's records as they are."""
     a, b = Store(tmp_path / "x.jsonl"), Store(tmp_path / "x.jsonl")

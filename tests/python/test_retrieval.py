@@ -358,7 +358,7 @@ def test_records_survive_the_file(real: tuple[Search, list[Record]], tmp_path: P
     store = retrieval.store(tmp_path / "x.jsonl")
     store.append(real[1][0])
     assert store.read() == ([real[1][0]], None)
-    assert json.loads((tmp_path / "x.jsonl").read_text())["schema"] == retrieval.SCHEMA
+    assert json.loads((tmp_path / "x.jsonl").read_text())["schema"] == runs.SCHEMA
 
 
 def test_errors() -> None:

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_tq.eval import runs
-from ggml_tq.eval.perplexity import Part, Printed, Program, printed_cache, unchanged
+from ggml_tq.eval.perplexity import Printed, Program, printed_cache, unchanged
 from ggml_tq.eval.runs import EvalError, Json, JsonLines, Pair
 
-SCHEMA = 1
 BENCH = "llama-bench"
 BATCHED = "llama-batched-bench"
 DEPTHS = (0, 2048, 8192, 32768)
@@ -63,7 +62,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Round:
+class Round(runs.Stored):
     """All pairs once at one depth."""
 
     settings: Settings
@@ -76,30 +75,9 @@ class Round:
     def key(self) -> tuple[str, int, int]:
         return self.settings.key(), self.depth, self.repetition
 
-    def to_json(self) -> Json:
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: Json) -> Round:
-        """Raises EvalError for anything but what `to_json` returns."""
-        try:
-            if data["schema"] != SCHEMA:
-                raise EvalError(f"schema {data['schema']}; this version reads {SCHEMA}")
-            settings: Json = {k: tuple(v) if isinstance(v, list) else v for k, v in data["settings"].items()}
-            found = tuple(_run_from_json(r) for r in data["runs"])
-            return cls(Settings(**settings), data["depth"], data["repetition"], found, data["source"])
-        except (KeyError, TypeError, AttributeError) as e:
-            raise EvalError(f"not a record: {e!r}") from e
-
-
-def _run_from_json(data: Json) -> Run:
-    cache = data["cache"]
-    printed = Printed(**{**cache, "parts": tuple(Part(**p) for p in cache["parts"])})
-    return Run(**{**data, "pair": Pair(**data["pair"]), "cache": printed, "command": tuple(data["command"])})
-
 
 def store(path: Path) -> JsonLines[Round]:
-    return JsonLines(path, Round.from_json)
+    return JsonLines(path, Round)
 
 
 def arguments(s: Settings, pair: Pair, depth: int) -> list[str]:

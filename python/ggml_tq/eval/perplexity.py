@@ -26,7 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, BinaryIO, Protocol
 
-from ggml_tq.eval.runs import Cache, EvalError, Figure, Pair, PathKind, Settings, lock, sha256
+from ggml_tq.eval.runs import Cache, EvalError, Figure, FigureName, Pair, PathKind, Settings, lock, sha256
 
 PROGRAM = "llama-perplexity"
 BATCH = 2048  # tokens given to the library at once, at most
@@ -39,7 +39,8 @@ OWN = ("-f", "-bf", "-p", "-c", "-t", "-ctk", "-ctv", "-lv", "--chunks", "--kl-d
 _NUMBER = r"(-?(?:[\d.]+|nan|inf))"
 _VALUE = r"\s*:?\s*" + _NUMBER
 _WITH_ERROR = _VALUE + r"\s*±\s*" + _NUMBER
-FIGURES = {  # of the program's own summary; perplexity's and the ratio's errors are upstream's, per token
+# of the program's own summary; perplexity's and the ratio's errors are upstream's, per token
+FIGURES: dict[FigureName, str] = {
     "ppl": r"Mean PPL\(Q\)" + _WITH_ERROR,
     "ppl_f16": r"Mean PPL\(base\)" + _WITH_ERROR,
     "ppl_ratio": r"Mean PPL\(Q\)/PPL\(base\)" + _WITH_ERROR,
@@ -281,9 +282,9 @@ def _finite(text: str) -> float | None:
     return None if text.lstrip("-") in ("nan", "inf") else float(text)
 
 
-def figures(log: str) -> dict[str, Figure]:
+def figures(log: str) -> dict[FigureName, Figure]:
     """The summary of a --kl-divergence run."""
-    found: dict[str, Figure] = {}
+    found: dict[FigureName, Figure] = {}
     for name, pattern in FIGURES.items():
         match = re.search(pattern, log)
         if match is None:
@@ -373,7 +374,7 @@ def compare(
     threads: int,
     flags: Sequence[str],
     progress: Progress = _no_progress,
-) -> tuple[Cache, dict[str, Figure], tuple[float, ...]]:
+) -> tuple[Cache, dict[FigureName, Figure], tuple[float, ...]]:
     """Run one pair of cache types against the base: the effective cache, the figures, the mean KLD of each chunk."""
     flags = [*flags, *(DECODE if path == "decode" else ())]
     k, v = pair.types

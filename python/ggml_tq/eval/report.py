@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ggml_tq.eval.runs import EvalError, Record, check_comparable
+from ggml_tq.eval.runs import EvalError, FigureName, Record, check_comparable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # slow to import
@@ -47,7 +47,7 @@ def _number(value: float | None, digits: int) -> str:
     return "not finite" if value is None else f"{value:.{digits}f}".replace("-" + f"{0:.{digits}f}", f"{0:.{digits}f}")
 
 
-def plus_minus(r: Record, name: str, digits: int) -> str:
+def plus_minus(r: Record, name: FigureName, digits: int) -> str:
     """A figure with its standard error."""
     value, error = r.value(name), r.error(name)
     return _number(value, digits) + (f" ± {error:.{digits}f}" if value is not None and error is not None else "")

@@ -10,7 +10,6 @@ tokens is the likeliest after those before it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import http.client
 import itertools
@@ -26,10 +25,9 @@ from pathlib import Path
 
 from ggml_tq.eval import haystack, runs
 from ggml_tq.eval.haystack import Frame, Query, Task, Tokens
-from ggml_tq.eval.perplexity import Part, Printed, Program, environment, printed_cache, reason, start, unchanged
+from ggml_tq.eval.perplexity import Printed, Program, environment, printed_cache, reason, start, unchanged
 from ggml_tq.eval.runs import EvalError, Json, JsonLines, Pair
 
-SCHEMA = 1
 PROGRAM = "llama-server"
 DIGITS = 5
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -79,7 +77,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(runs.Stored):
     """One haystack with one pair of cache types."""
 
     settings: Settings
@@ -97,34 +95,9 @@ class Record:
     def key(self) -> tuple[str, Pair, int]:
         return self.settings.key(), self.pair, self.trial
 
-    def to_json(self) -> Json:
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: Json) -> Record:
-        """Raises EvalError for anything but what `to_json` returns."""
-        try:
-            if data["schema"] != SCHEMA:
-                raise EvalError(f"schema {data['schema']}; this version reads {SCHEMA}")
-            s = data["settings"]
-            return cls(
-                settings=Settings(**{**s, "flags": tuple(s["flags"]), "depths": tuple(s["depths"])}),
-                pair=Pair(**data["pair"]),
-                trial=data["trial"],
-                cache=Printed(**{**data["cache"], "parts": tuple(Part(**p) for p in data["cache"]["parts"])}),
-                tokens=data["tokens"],
-                haystack=data["haystack"],
-                answers=tuple(Answer(**{**a, "logprobs": tuple(a["logprobs"])}) for a in data["answers"]),
-                source=data["source"],
-                date=data["date"],
-                seconds=data["seconds"],
-            )
-        except (KeyError, TypeError) as e:
-            raise EvalError(f"not a record: {e!r}") from e
-
 
 def store(path: Path) -> JsonLines[Record]:
-    return JsonLines(path, Record.from_json)
+    return JsonLines(path, Record)
 
 
 class Client:

@@ -10,18 +10,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Literal, Protocol, TypeVar
+from typing import Any, BinaryIO, Generic, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
+FigureName = Literal["ppl", "ppl_f16", "ppl_ratio", "kld", "kld_median", "kld_99", "kld_99.9", "kld_max", "same_top"]
 REPO = Path(__file__).resolve().parents[3]
 LABELS = frozenset({"model", "text"})  # names of files; their hashes are what counts
 
@@ -139,6 +142,56 @@ def split_flags(text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """Base of what a JSON-lines file keeps."""
+
+    def to_json(self) -> Json:
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+
+T = TypeVar("T")
+_hints = functools.cache(get_type_hints)
+
+
+def from_json(cls: type[T], data: Json) -> T:
+    """A dataclass from what `dataclasses.asdict` and JSON made of it, and a schema. Raises EvalError for all else."""
+    try:
+        data = dict(data)
+        if data["schema"] != SCHEMA:
+            raise EvalError(f"schema {data['schema']}; this version reads {SCHEMA}")
+        del data["schema"]
+        found: T = _typed(cls, data)
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise EvalError(f"not a record: {e!r}") from e
+
+
+def _typed(wanted: Any, data: Any) -> Any:  # noqa: ANN401
+    """JSON data as a type: dataclass, tuple, dict (of a Literal's names: all of them), optional or plain value."""
+    args, origin = get_args(wanted), get_origin(wanted)
+    if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
+        hints = _hints(wanted)
+        if hints.keys() != data.keys():
+            raise ValueError(f"{sorted(hints.keys() ^ data.keys())} of {getattr(wanted, '__name__', '')}")
+        return cast(Any, wanted)(**{name: _typed(hint, data[name]) for name, hint in hints.items()})
+    if origin is tuple:
+        types = itertools.repeat(args[0], len(data)) if args[1:] == (...,) else args
+        return tuple(_typed(t, x) for t, x in zip(types, data, strict=True))
+    if origin is dict:
+        if get_origin(args[0]) is Literal and data.keys() != set(get_args(args[0])):
+            raise ValueError(f"{sorted(data.keys() ^ set(get_args(args[0])))}")
+        return {key: _typed(args[1], x) for key, x in data.items()}
+    if origin is Literal:
+        if data not in args:
+            raise ValueError(f"'{data}'")
+        return data
+    kinds = args or (wanted,)  # of a union or by itself
+    if wanted is not Any and not isinstance(data, (*kinds, int) if float in kinds else kinds):
+        raise TypeError(f"{data!r} for {wanted}")
+    return data
+
+
+@dataclass(frozen=True)
 class Identity:
     """Base of settings: what results must share to be comparable."""
 
@@ -189,14 +242,14 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Stored):
     """One result."""
 
     settings: Settings
     pair: Pair
     path: PathKind
     cache: Cache
-    figures: dict[str, Figure]  # perplexity.FIGURES
+    figures: dict[FigureName, Figure]
     chunk_kld: tuple[float, ...]  # mean KLD of each chunk
     source: Json  # upstream pin, commit, build
     date: str  # UTC, ISO 8601
@@ -210,44 +263,14 @@ class Record:
     def names(self) -> tuple[str, str]:
         return self.pair.names(self.cache.k, self.cache.v)
 
-    def value(self, name: str) -> float | None:
+    def value(self, name: FigureName) -> float | None:
         return self.figures[name][0]
 
-    def error(self, name: str) -> float | None:
+    def error(self, name: FigureName) -> float | None:
         return self.figures[name][1]
 
-    def to_json(self) -> Json:
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
-    @classmethod
-    def from_json(cls, data: Json) -> Record:
-        """Raises EvalError for anything but what `to_json` returns."""
-        try:
-            if data["schema"] != SCHEMA:
-                raise EvalError(f"schema {data['schema']}; this version reads {SCHEMA}")
-            settings = data["settings"]
-            if data["path"] not in PATHS:
-                raise EvalError(f"path '{data['path']}'")
-            return cls(
-                settings=Settings(**{**settings, "flags": tuple(settings["flags"])}),
-                pair=Pair(**data["pair"]),
-                path=data["path"],
-                cache=Cache(**data["cache"]),
-                figures={name: (f[0], f[1]) for name, f in data["figures"].items()},
-                chunk_kld=tuple(data["chunk_kld"]),
-                source=data["source"],
-                date=data["date"],
-                seconds=data["seconds"],
-            )
-        except (KeyError, TypeError, IndexError, AttributeError) as e:
-            raise EvalError(f"not a record: {e!r}") from e
-
-
-class Storable(Protocol):
-    def to_json(self) -> Json: ...
-
-
-R = TypeVar("R", bound=Storable)
+R = TypeVar("R", bound=Stored)
 
 
 class JsonLines(Generic[R]):
@@ -257,8 +280,8 @@ class JsonLines(Generic[R]):
     leaves whole lines and at most one half-written last line. That one is not read, and the next append removes it.
     """
 
-    def __init__(self, path: Path, parse: Callable[[Json], R]) -> None:
-        self.path, self.parse = path, parse
+    def __init__(self, path: Path, cls: type[R]) -> None:
+        self.path, self.cls = path, cls
         self._file: BinaryIO | None = None  # while a session lasts
 
     def read(self) -> tuple[list[R], str | None]:
@@ -283,7 +306,7 @@ class JsonLines(Generic[R]):
 
     def _parse(self, line: bytes) -> R:
         try:
-            return self.parse(json.loads(line))
+            return from_json(self.cls, json.loads(line))
         except (ValueError, RecursionError) as e:
             raise EvalError(str(e)) from e
 
@@ -342,7 +365,7 @@ class Store(JsonLines[Record]):
     """The results of perplexities."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, Record.from_json)
+        super().__init__(path, Record)
 
 
 def _whole(fd: int) -> int:
