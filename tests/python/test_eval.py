@@ -494,6 +494,72 @@ def test_each_table_has_its_own_plot(record: Record, tmp_path: Path) -> None:
     assert all((tmp_path / "quality.md").read_text().count(f"]({plot})") == 1 for plot in plots)
 
 
+def test_models_of_one_short_name(tmp_path: Path, record: Record) -> None:
+    """Each has its own plot and its own name in the README."""
+    records = [
+        with_settings(dataclasses.replace(record, pair=Pair(k, k)), model=model, model_sha256=digit * 64)
+        for digit, model in zip("012", ("X.Q4_1.gguf", "X.Q4_1-tq.gguf", "Y 1-Q8_0.gguf"), strict=True)
+        for k in ("tq3", "tq4")
+    ]
+    output = tmp_path / "a folder" / "x.md"
+    report.write(records, output, [tmp_path / "in put.jsonl"])
+    plots = {p.name for p in output.parent.glob("*.svg")}
+    assert plots == {"x-X.Q4_1-256.svg", "x-X.Q4_1-tq-256.svg", "x-Y 1-256.svg"}
+    assert "](x-Y%201-256.svg)" in output.read_text()
+    assert "[in put.jsonl](../in%20put.jsonl)" in output.read_text()
+    heads = report.compact(records).splitlines()[2]
+    assert heads == "| K / V | bits a value | X.Q4_1-tq, 256 tokens | X.Q4_1, 256 tokens | Y 1, 256 tokens |"
+    assert report.names({"a" * 64: "Z.gguf", "b" * 64: "Z.gguf"}) == {"a" * 64: "Z-aaaaaaaa", "b" * 64: "Z-bbbbbbbb"}
+
+
+def test_columns_that_were_measured_differently_say_so(record: Record) -> None:
+    other = with_settings(record, model_sha256="0" * 64, cpu="another", flags=("-ngl", "99"))
+    assert "differently" not in report.compact([record])
+    said = report.compact([record, other]).splitlines()[0]
+    assert f"Columns were measured differently: cpu ({record.settings.cpu} / another); flags (" in said
+
+
+def test_bits_are_those_of_the_types(record: Record) -> None:
+    def bits(k: str, v: str, mib_k: float, mib_v: float, recorded: float) -> float:
+        cache = dataclasses.replace(record.cache, k=k, v=v, cells=256, mib_k=mib_k, mib_v=mib_v, bits=recorded)
+        return report.bits(cache)
+
+    values = 30 * 3 * 64 * 256 / 8 / 2**20
+    sizes = {name: round(b * values, 2) for name, b in (("tq2_mse", 2.25), ("q8_0", 8.5))}
+    assert bits("tq2_mse", "tq2_mse", *[sizes["tq2_mse"]] * 2, 2.24) == 2.25
+    assert bits("q8_0", "q8_0", *[sizes["q8_0"]] * 2, 8.49) == 8.5
+    assert bits("q8_0", "tq2_mse", sizes["q8_0"], sizes["tq2_mse"], 5.37) == 5.375
+    larger = bits("q8_0", "tq2_mse", 2 * sizes["q8_0"], sizes["tq2_mse"], 6.4)
+    assert larger == pytest.approx((2 * 8.5 + 2.25) / 3, abs=0.03)  # as far as printed sizes say
+    assert bits("new", "new", 1, 1, 3.2) == 3.2
+
+
+def test_a_report_that_cannot_be_written(tmp_path: Path, record: Record) -> None:
+    store, output, readme = Store(tmp_path / "x.jsonl"), tmp_path / "x.md", tmp_path / "readme.md"
+    store.append(dataclasses.replace(record, path="decode"))
+    store.append(dataclasses.replace(record, path="decode", pair=Pair("tq4", "tq4")))
+
+    def refuses(message: str, *more: object) -> None:
+        result = CliRunner().invoke(app, ["report", str(store.path), *map(str, more)])
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        assert message in result.stderr
+        assert not output.exists()
+
+    refuses("no batched results", "-o", output, "--readme", readme)
+    store.append(record)
+    refuses("readme.md: No such file", "-o", output, "--readme", readme)
+    readme.write_text("no marked lines")
+    refuses("has no <!-- quality -->", "-o", output, "--readme", readme)
+    readme.write_bytes(b"<!-- quality -->\n\xff<!-- /quality -->")
+    refuses("is not UTF-8", "-o", output, "--readme", readme)
+    refuses("File exists", "-o", store.path / "x.md")
+    store.path.unlink()
+    store.append(dataclasses.replace(record, path="decode"))
+    assert CliRunner().invoke(app, ["report", str(store.path), "-o", str(output)]).exit_code == 0
+
+
 def test_report(bench: Bench, tmp_path: Path) -> None:
     bench.run("f16,q8_0,q4_0,tq3,q8_0/tq3", "--path", "batched", "--path", "decode")
     bench.run("f16,q8_0,q4_0,tq3,q8_0/tq3", "--chunks", 1, "-c", 512)
@@ -512,7 +578,7 @@ def test_report(bench: Bench, tmp_path: Path) -> None:
     text = output.read_text()
     assert all(f"]({plot})" in text for plot in plots)
     for r in bench.records():
-        assert f"| {r.cache.k} / {r.cache.v} | {r.path} | {r.cache.bits:.2f} | {r.value('ppl'):.3f} |" in text
+        assert f"| {r.cache.k} / {r.cache.v} | {r.path} | {report.bits(r.cache):.2f} | {r.value('ppl'):.3f} |" in text
         assert report.plus_minus(r, "kld", 5) in text
     compact = readme.read_text()
     assert compact.startswith("before\n<!-- quality -->\nMean KL divergence")

@@ -18,7 +18,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -398,13 +398,20 @@ def check_comparable(records: Iterable[Measured]) -> None:
     records = list(records)
     if not records:
         raise EvalError("no results")
-    first = records[0].settings.identity()
-    for record in records[1:]:
-        other = record.settings.identity()
-        differing = [name for name in first if first[name] != other[name]]
-        if differing:
-            what = ", ".join(f"{name} ({short(first[name])} / {short(other[name])})" for name in differing)
-            raise EvalError(f"results of different settings cannot be compared: {what}")
+    unlike = differences(records)
+    if unlike:
+        raise EvalError(f"results of different settings cannot be compared: {', '.join(unlike)}")
+
+
+def differences(records: Sequence[Measured], ignored: Collection[str] = ()) -> list[str]:
+    """What settings differ, and how."""
+    all_settings = [r.settings.identity() for r in records]
+    found = []
+    for name in all_settings[0].keys() - set(ignored):
+        values = list(dict.fromkeys(short(s[name]) for s in all_settings))
+        if len(values) > 1:
+            found.append(f"{name} ({' / '.join(values)})")
+    return sorted(found)
 
 
 def short(value: object) -> str:
