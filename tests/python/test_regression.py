@@ -168,8 +168,8 @@ def test_a_wrong_trellis_level_is_noticed(
 ) -> None:
     """The sign of the largest level (measured: by 8 to 16 errors), in a copy of the program: it is no parameter.
 
-    Smaller errors of one level of 32 do not all show here: encoding chooses among what is there. The golden vectors of the
-    library use each of the 32.
+    Smaller errors of one level of 32 do not all show here: encoding chooses among what is there. The library's golden
+    vectors use each of the 32.
     """
     levels = trellis(bits).levels
     moved = levels.copy()

@@ -282,7 +282,7 @@ class JsonLines(Generic[R]):
 
     def __init__(self, path: Path, cls: type[R]) -> None:
         self.path, self.cls = path, cls
-        self._file: BinaryIO | None = None  # while a session lasts
+        self._held = False  # while a session lasts
 
     def read(self) -> tuple[list[R], str | None]:
         """All records, and the half-written last line if there is one. Raises EvalError where a line is damaged."""
@@ -322,39 +322,40 @@ class JsonLines(Generic[R]):
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 held = stack.enter_context(lock(place, fcntl.LOCK_EX | fcntl.LOCK_NB))
-                stack.callback(place.unlink)
+                stack.callback(place.unlink, missing_ok=True)
                 held.truncate(0)
                 held.write(str(os.getpid()).encode())
                 held.flush()
-                self._file = stack.enter_context(self.path.open("a+b"))
+                self.path.open("ab").close()
             except BlockingIOError as e:
                 who = place.read_text() if place.exists() else "?"
                 raise EvalError(f"{self.path}: process {who} is adding to it") from e
             except OSError as e:
                 raise EvalError(f"{self.path}: {e.strerror}") from e
+            self._held = True
             try:
                 yield
             finally:
-                if not os.fstat(self._file.fileno()).st_size:
+                self._held = False
+                if self.path.exists() and not self.path.stat().st_size:
                     self.path.unlink()
-                self._file = None
 
     def append(self, record: R) -> None:
         """Add one record; it is on disk when this returns."""
         line = json.dumps(record.to_json(), allow_nan=False).encode() + b"\n"
-        with contextlib.nullcontext() if self._file else self.session():
-            assert self._file is not None
+        with contextlib.nullcontext() if self._held else self.session():
             try:
-                whole = _whole(self._file.fileno())
-                self._file.seek(whole)
-                try:  # as in read
-                    self._parse(self._file.read())
-                    line = b"\n" + line
-                except EvalError:
-                    self._file.truncate(whole)
-                self._file.write(line)
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                with self.path.open("a+b") as f:
+                    whole = _whole(f.fileno())
+                    f.seek(whole)
+                    try:  # as in read
+                        self._parse(f.read())
+                        line = b"\n" + line
+                    except EvalError:
+                        f.truncate(whole)
+                    f.write(line)
+                    f.flush()
+                    os.fsync(f.fileno())
                 if not whole:
                     _sync_directory(self.path.parent)
             except OSError as e:
@@ -408,7 +409,7 @@ def differences(records: Sequence[Measured], ignored: Collection[str] = ()) -> l
     all_settings = [r.settings.identity() for r in records]
     found = []
     for name in all_settings[0].keys() - set(ignored):
-        values = list(dict.fromkeys(short(s[name]) for s in all_settings))
+        values = list({str(s[name]): short(s[name]) for s in all_settings}.values())
         if len(values) > 1:
             found.append(f"{name} ({' / '.join(values)})")
     return sorted(found)
