@@ -612,7 +612,7 @@ def test_error_a_layer(tmp_path: Path, record: Record) -> None:
     assert all(f">{name}<" in plot for name in ("q4_0", "tq3_tcq+cal", "Some, keys quantized"))
 
     before = output.read_bytes()
-    for broken in ("", "{}", '{"metadata": {}, "layers": [{"layer": 1, "keys": {"q4_0": 1}}]}'):
+    for broken in ("", "{}", "[" * 100_000, '{"metadata": {}, "layers": [{"layer": 1, "keys": {"q4_0": 1}}]}'):
         study.write_text(broken)
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 1

@@ -126,8 +126,14 @@ def evaluate(
     long_matrix: Annotated[
         bool, typer.Option("--matrix", help="The long matrix of four models instead of -m, -f, --types, -c, --path.")
     ] = False,
-    output: Annotated[Path, typer.Option("-o", "--output", help="JSON lines to which results are added.")] = OWN_RESULTS
-    / RESULTS.name,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="JSON lines to which results are added. Git ignores results/; report reads docs/results/ unless told.",
+        ),
+    ] = OWN_RESULTS / RESULTS.name,
     bin_dir: Annotated[
         Path | None,
         typer.Option("--bin", help="Folder of llama-perplexity. (default: $GGML_TQ_BUILD/bin, or build/bin)"),

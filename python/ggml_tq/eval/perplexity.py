@@ -511,7 +511,7 @@ class BaseCache:
             cache = data["cache"]
             printed = Printed(cache["k"], cache["v"], tuple(Part(**part) for part in cache["parts"]))
             whole = target.stat().st_size == data["size"] and sha256(target) == data["sha256"]
-        except (ValueError, TypeError, KeyError, OSError):
+        except (ValueError, TypeError, KeyError, OSError, RecursionError):
             whole = False
         return Base(target, printed) if whole else None
 

@@ -356,7 +356,7 @@ def layer_errors(path: Path) -> LayerErrors:
             f"position {study['skip']} of each chunk on"
         )
         return LayerErrors(path, str(meta.get("model", path.stem)), where, kl)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise EvalError(f"{path} is no study that ggml-tq study wrote: {type(e).__name__} {e}") from e
 
 
