@@ -16,7 +16,7 @@ help:
 	@echo "make run       set everything up and generate text from a real model with a tq3 cache"
 	@echo "make test      set everything up and run all tests (linters, ctest, pytest)"
 	@echo "make build     the programs only, in $(BUILD)/bin"
-	@echo "make eval      measure quality: four models, every type (a day on two cores; goes on where it was)"
+	@echo "make eval      measure quality: four models, every type (days on two cores; goes on where it was)"
 	@echo "make sanitize  the C tests and a short generation under AddressSanitizer and UBSan"
 	@echo "make clean     remove what was built (keeps models and the fetched source)"
 
@@ -53,13 +53,13 @@ build: $(VENV)/.done
 fetch: $(VENV)/.done
 	$(BIN)/ggml-tq fetch smollm2 wiki
 
-# a day on two cores; every result is kept as soon as it is there, and the same command goes on where it was
+# days on two cores; every result is kept as soon as it is there, and the same command goes on where it was
 eval: build
 	$(BIN)/ggml-tq fetch smollm2 gemma3 qwen05 qwen15 wiki c4
 	for m in SmolLM2-135M-Instruct.Q4_1 gemma-3-270m-q4_k_m qwen2.5-coder-0.5b-instruct-q4_k_m qwen2.5-coder-1.5b-instruct-q4_k_m; do \
 	    test -f models/$$m-tq.gguf || $(BIN)/ggml-tq calibrate -m models/$$m.gguf -f models/c4.txt -o models/$$m-tq.gguf || exit 1; done
 	$(BIN)/ggml-tq eval --matrix --no-keep-base
-	$(BIN)/ggml-tq report --readme README.md --study docs/results/study-smollm2.json --study docs/results/study-qwen05.json
+	$(BIN)/ggml-tq report results/quality.jsonl -o results/quality.md --study docs/results/study-smollm2.json --study docs/results/study-qwen05.json
 
 sanitize: $(VENV)/.done fetch
 	$(MAKE) build BUILD=build-sanitize CMAKE_ARGS="-DGGML_TQ_SANITIZE=address,undefined -DGGML_OPENMP=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGGML_TQ_PROGRAMS=llama-completion"

@@ -6,6 +6,7 @@ Real runs of llama-perplexity throughout, most of them on a model with random we
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -212,6 +213,9 @@ def test_what_cannot_be_measured_is_refused(bench: Bench, tmp_path: Path) -> Non
     bench.refuses("the text has", "tq3", "--chunks", 99)
     bench.refuses("you need at least", "tq3", "-c", 2048, "--chunks", 1)
     bench.refuses("scored tokens", "tq3", "-c", 128, "--chunks", 1)
+    bench.refuses("a context of at least one token", "tq3", "-c", 0)
+    bench.refuses("a context of at least one token", "tq3", "-c", -512)
+    bench.refuses("at least one thread", "tq3", "-t", 0)
     bench.refuses("no pair of cache types", "tq3/")
     bench.refuses("path 'fast'", "tq3", "--path", "fast")
     bench.refuses("Unsupported cache type: tq9", "tq4,tq9")
@@ -220,7 +224,51 @@ def test_what_cannot_be_measured_is_refused(bench: Bench, tmp_path: Path) -> Non
     bench.refuses("is missing", "tq3", "--bin", tmp_path)
     bench.model = tmp_path / "none.gguf"
     bench.refuses("none.gguf is missing", "tq3")
+    bench.model = tmp_path
+    bench.refuses(f"{tmp_path} is no file", "tq3")
     assert not bench.output.exists()
+
+
+def test_flags_cannot_contradict_the_settings(bench: Bench) -> None:
+    for flag in ("-m x", "--model=x", "-c 64", "--ctx-size 64", "--ctx_size 64", "-t 1", "--threads=1", "-hf a/b"):
+        bench.refuses(f"--flags: {flag.replace('=', ' ').split()[0]} is set by the command", "tq3", "--flags", flag)
+    for flag in ("-ctk f16", "--cache-type-v f16", "-f x", "--file x", "--chunks 1", "--save-all-logits x"):
+        bench.refuses(f"--flags: {flag.split()[0]} is set by the command", "tq3", "--flags", flag)
+    bench.refuses("No closing quotation", "tq3", "--flags", "'")
+    assert (
+        bench.run("tq3", "--flags", "--override-kv 'llama.context_length=int:1024'")[0].settings.flags[-1][-4:]
+        == "1024"
+    )
+
+
+def test_a_text_that_is_too_short_is_found_at_once(bench: Bench, tmp_path: Path) -> None:
+    """The program says how many chunks there are before it computes them."""
+    said = "echo perplexity: calculating perplexity over 3 chunks; sleep 60"
+    real = bench.bin_dir / "llama-perplexity"
+    bench.bin_dir = _script(tmp_path / "bin", f'case "$*" in *--save*) {said};; esac; exec {real} "$@"')
+    start = time.monotonic()
+    bench.refuses("the text has 3 chunks, not 99", "tq3", "--chunks", 99)
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a killed command leaves its program")
+def test_programs_end_with_a_killed_command(bench: Bench, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    real = bench.bin_dir / "llama-perplexity"
+    bench.bin_dir = _script(
+        tmp_path / "bin", f'case "$*" in *--save*) echo $$ > {pid}; exec sleep 60;; esac; exec {real} "$@"'
+    )
+    command = [sys.executable, "-c", "from ggml_tq.cli import app; app()", *bench.args("tq3")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (pid.exists() and pid.read_text()):
+        time.sleep(0.005)
+    program = Path("/proc") / pid.read_text().strip() / "cmdline"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while program.exists() and program.read_bytes() and time.monotonic() < deadline:  # a zombie has no command line
+        time.sleep(0.01)
+    assert not program.exists() or not program.read_bytes()
 
 
 def test_a_killed_run_is_lost_and_nothing_else(bench: Bench) -> None:
@@ -240,8 +288,9 @@ def test_a_killed_run_is_lost_and_nothing_else(bench: Bench) -> None:
     assert [str(r.pair) for r in after] == types.split(",")
 
 
-def test_interrupted_programs_end(bench: Bench) -> None:
-    """SIGTERM ends the command, and the llama-perplexity that it runs, and leaves no partial logits."""
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_programs_end(bench: Bench, how: signal.Signals) -> None:
+    """SIGTERM or SIGHUP ends the command, and the llama-perplexity that it runs, and leaves no partial logits."""
     command = [
         sys.executable,
         "-c",
@@ -251,7 +300,7 @@ def test_interrupted_programs_end(bench: Bench) -> None:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(bench.cache.glob("*.partial")):
         time.sleep(0.005)
-    process.terminate()
+    process.send_signal(how)
     _, err = process.communicate()
     assert process.returncode == 1
     assert err.strip().splitlines()[-1] == "error: interrupted; the results so far are recorded"
@@ -262,7 +311,7 @@ def test_a_half_written_line_is_dropped(bench: Bench) -> None:
     bench.run("tq4,tq3")
     whole = bench.output.read_bytes()
     first = whole.index(b"\n") + 1
-    for end in range(first, len(whole)):  # killed after any byte
+    for end in range(first, len(whole) - 1):  # killed after any byte
         bench.output.write_bytes(whole[:end])
         records, half = Store(bench.output).read()
         assert [str(r.pair) for r in records] == ["tq4"]
@@ -271,6 +320,8 @@ def test_a_half_written_line_is_dropped(bench: Bench) -> None:
     assert "dropped a half-written last line" in result.stderr
     assert bench.output.read_bytes()[:first] == whole[:first]
     assert [str(r.pair) for r in bench.records()] == ["tq4", "tq3"]
+    bench.output.write_bytes(bench.output.read_bytes()[:-1])  # whole, but for the newline
+    assert [str(r.pair) for r in bench.run("tq4,tq3,tq2")] == ["tq4", "tq3", "tq2"]
 
 
 def test_a_damaged_line_is_not_dropped(bench: Bench) -> None:
@@ -282,12 +333,88 @@ def test_a_damaged_line_is_not_dropped(bench: Bench) -> None:
         assert bench.output.read_text() == damaged
 
 
+def test_what_is_no_record_is_said(tmp_path: Path, record: Record) -> None:
+    store = Store(tmp_path / "x.jsonl")
+    whole = record.to_json()
+
+    def with_(name: str, value: object) -> str:
+        return json.dumps({**whole, name: value})
+
+    figures = whole["figures"]
+    for damaged in (
+        with_("figures", {k: v for k, v in figures.items() if k != "kld"}),
+        with_("figures", {**figures, "kld": ["0.1", 0.1]}),
+        with_("figures", {**figures, "kld": [0.1]}),
+        with_("cache", {**whole["cache"], "bits": "4.5"}),
+        with_("cache", {**whole["cache"], "more": 1}),
+        with_("path", "fast"),
+        with_("chunk_kld", 3),
+        "1",
+        "[" * 100_000,
+    ):
+        store.path.write_text(damaged + "\n")
+        with pytest.raises(EvalError, match="line 1: "):
+            store.read()
+
+
 def test_two_writers(tmp_path: Path, record: Record) -> None:
     """Each takes the other's records as they are."""
     a, b = Store(tmp_path / "x.jsonl"), Store(tmp_path / "x.jsonl")
     for store, k in ((a, "tq4"), (b, "tq3"), (a, "tq2")):
         store.append(dataclasses.replace(record, pair=Pair(k, k)))
     assert [r.pair.k for r in a.read()[0]] == ["tq4", "tq3", "tq2"]
+
+
+def test_logits_that_cannot_be_kept(bench: Bench, tmp_path: Path) -> None:
+    bench.run("tq3", "--keep-base")
+    logits = bench.logits()
+    logits.unlink()
+    logits.mkdir()
+    bench.refuses(f"{logits} is a folder", "tq4")
+    bench.cache = tmp_path / "file"
+    bench.cache.touch()
+    bench.refuses(f"{bench.cache}: File exists", "tq4")
+
+
+def test_one_output_has_one_process(bench: Bench) -> None:
+    store = Store(bench.output)
+    with store.session():
+        bench.refuses(f"{bench.output}: process {os.getpid()} is adding to it", "tq3")
+    assert not list(bench.output.parent.glob("*.jsonl*"))
+    assert bench.run("tq3")
+
+
+def test_an_output_that_cannot_be_written_is_noticed_first(bench: Bench, tmp_path: Path) -> None:
+    bench.output = tmp_path
+    bench.refuses("Is a directory", "tq3")
+    (tmp_path / "file").touch()
+    bench.output = tmp_path / "file" / "x.jsonl"
+    bench.refuses("Not a directory", "tq3")
+    assert not list(bench.cache.glob("*"))
+
+
+@pytest.mark.parametrize("what", ["model", "text", "binary"])
+@pytest.mark.parametrize("when", ["base", "run"])
+def test_a_file_that_changes_meanwhile_is_refused(bench: Bench, tmp_path: Path, what: str, when: str) -> None:
+    """Neither its result nor its logits are kept."""
+    real = bench.bin_dir / "llama-perplexity"
+    files = {name: shutil.copy(getattr(bench, name), tmp_path / name) for name in ("model", "text")}
+    bench.model, bench.text = files["model"], files["text"]
+    file = files.get(what, '"$0"')
+    option = {"base": "--save-all-logits", "run": "--kl-divergence"}[when]
+    bench.bin_dir = _script(tmp_path / "bin", f'case "$*" in *" {option} "*) echo >> {file};; esac\nexec {real} "$@"')
+    bench.refuses("has changed meanwhile", "tq3")
+    assert not bench.records()
+    assert bool(list(bench.cache.glob("*.logits"))) == (when == "run")
+
+
+def test_logits_that_another_uses_are_kept(bench: Bench) -> None:
+    bench.run("tq4", "--keep-base")
+    with runs.lock(bench.logits().with_suffix(".lock"), fcntl.LOCK_SH):
+        assert "is kept: another process uses it" in bench.succeed("tq3", "--no-keep-base").stderr
+        assert bench.logits().is_file()
+    bench.run("tq2", "--no-keep-base")
+    assert not list(bench.cache.iterdir())
 
 
 def test_records_survive_the_file(tmp_path: Path, record: Record) -> None:
@@ -367,6 +494,72 @@ def test_each_table_has_its_own_plot(record: Record, tmp_path: Path) -> None:
     assert all((tmp_path / "quality.md").read_text().count(f"]({plot})") == 1 for plot in plots)
 
 
+def test_models_of_one_short_name(tmp_path: Path, record: Record) -> None:
+    """Each has its own plot and its own name in the README."""
+    records = [
+        with_settings(dataclasses.replace(record, pair=Pair(k, k)), model=model, model_sha256=digit * 64)
+        for digit, model in zip("012", ("X.Q4_1.gguf", "X.Q4_1-tq.gguf", "Y 1-Q8_0.gguf"), strict=True)
+        for k in ("tq3", "tq4")
+    ]
+    output = tmp_path / "a folder" / "x.md"
+    report.write(records, output, [tmp_path / "in put.jsonl"])
+    plots = {p.name for p in output.parent.glob("*.svg")}
+    assert plots == {"x-X.Q4_1-256.svg", "x-X.Q4_1-tq-256.svg", "x-Y 1-256.svg"}
+    assert "](x-Y%201-256.svg)" in output.read_text()
+    assert "[in put.jsonl](../in%20put.jsonl)" in output.read_text()
+    heads = report.compact(records).splitlines()[2]
+    assert heads == "| K / V | bits a value | X.Q4_1-tq, 256 tokens | X.Q4_1, 256 tokens | Y 1, 256 tokens |"
+    assert report.names({"a" * 64: "Z.gguf", "b" * 64: "Z.gguf"}) == {"a" * 64: "Z-aaaaaaaa", "b" * 64: "Z-bbbbbbbb"}
+
+
+def test_columns_that_were_measured_differently_say_so(record: Record) -> None:
+    other = with_settings(record, model_sha256="0" * 64, cpu="another", flags=("-ngl", "99"))
+    assert "differently" not in report.compact([record])
+    said = report.compact([record, other]).splitlines()[0]
+    assert f"Columns were measured differently: cpu ({record.settings.cpu} / another); flags (" in said
+
+
+def test_bits_are_those_of_the_types(record: Record) -> None:
+    def bits(k: str, v: str, mib_k: float, mib_v: float, recorded: float) -> float:
+        cache = dataclasses.replace(record.cache, k=k, v=v, cells=256, mib_k=mib_k, mib_v=mib_v, bits=recorded)
+        return report.bits(cache)
+
+    values = 30 * 3 * 64 * 256 / 8 / 2**20
+    sizes = {name: round(b * values, 2) for name, b in (("tq2_mse", 2.25), ("q8_0", 8.5))}
+    assert bits("tq2_mse", "tq2_mse", *[sizes["tq2_mse"]] * 2, 2.24) == 2.25
+    assert bits("q8_0", "q8_0", *[sizes["q8_0"]] * 2, 8.49) == 8.5
+    assert bits("q8_0", "tq2_mse", sizes["q8_0"], sizes["tq2_mse"], 5.37) == 5.375
+    larger = bits("q8_0", "tq2_mse", 2 * sizes["q8_0"], sizes["tq2_mse"], 6.4)
+    assert larger == pytest.approx((2 * 8.5 + 2.25) / 3, abs=0.03)  # as far as printed sizes say
+    assert bits("new", "new", 1, 1, 3.2) == 3.2
+
+
+def test_a_report_that_cannot_be_written(tmp_path: Path, record: Record) -> None:
+    store, output, readme = Store(tmp_path / "x.jsonl"), tmp_path / "x.md", tmp_path / "readme.md"
+    store.append(dataclasses.replace(record, path="decode"))
+    store.append(dataclasses.replace(record, path="decode", pair=Pair("tq4", "tq4")))
+
+    def refuses(message: str, *more: object) -> None:
+        result = CliRunner().invoke(app, ["report", str(store.path), *map(str, more)])
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        assert message in result.stderr
+        assert not output.exists()
+
+    refuses("no batched results", "-o", output, "--readme", readme)
+    store.append(record)
+    refuses("readme.md: No such file", "-o", output, "--readme", readme)
+    readme.write_text("no marked lines")
+    refuses("has no <!-- quality -->", "-o", output, "--readme", readme)
+    readme.write_bytes(b"<!-- quality -->\n\xff<!-- /quality -->")
+    refuses("is not UTF-8", "-o", output, "--readme", readme)
+    refuses("File exists", "-o", store.path / "x.md")
+    store.path.unlink()
+    store.append(dataclasses.replace(record, path="decode"))
+    assert CliRunner().invoke(app, ["report", str(store.path), "-o", str(output)]).exit_code == 0
+
+
 def test_report(bench: Bench, tmp_path: Path) -> None:
     bench.run("f16,q8_0,q4_0,tq3,q8_0/tq3", "--path", "batched", "--path", "decode")
     bench.run("f16,q8_0,q4_0,tq3,q8_0/tq3", "--chunks", 1, "-c", 512)
@@ -385,7 +578,7 @@ def test_report(bench: Bench, tmp_path: Path) -> None:
     text = output.read_text()
     assert all(f"]({plot})" in text for plot in plots)
     for r in bench.records():
-        assert f"| {r.cache.k} / {r.cache.v} | {r.path} | {r.cache.bits:.2f} | {r.value('ppl'):.3f} |" in text
+        assert f"| {r.cache.k} / {r.cache.v} | {r.path} | {report.bits(r.cache):.2f} | {r.value('ppl'):.3f} |" in text
         assert report.plus_minus(r, "kld", 5) in text
     compact = readme.read_text()
     assert compact.startswith("before\n<!-- quality -->\nMean KL divergence")
@@ -419,7 +612,7 @@ def test_error_a_layer(tmp_path: Path, record: Record) -> None:
     assert all(f">{name}<" in plot for name in ("q4_0", "tq3_tcq+cal", "Some, keys quantized"))
 
     before = output.read_bytes()
-    for broken in ("", "{}", '{"metadata": {}, "layers": [{"layer": 1, "keys": {"q4_0": 1}}]}'):
+    for broken in ("", "{}", "[" * 100_000, '{"metadata": {}, "layers": [{"layer": 1, "keys": {"q4_0": 1}}]}'):
         study.write_text(broken)
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +20,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PROSE, Divergence
+from conftest import PROSE, Divergence, Fork
 from random_models import Biased, Llama
 
 from ggml_tq import metadata
 from ggml_tq.cache_types import CODEBOOK_TYPES
 from ggml_tq.center import Centers
+from ggml_tq.eval.perplexity import PROGRAM
 from ggml_tq.eval.runs import PATHS, Figure, Pair, PathKind
 from ggml_tq.params import DEFAULT, Params, Quantizer
+from ggml_tq.trellis import trellis
 
 BASELINE = Path(__file__).parents[1] / "data" / "kld_baseline.json"
 WRITE = os.environ.get("GGML_TQ_WRITE_BASELINE") == "1"
@@ -156,6 +159,32 @@ def test_a_moved_centroid_is_noticed(measure: Measure, baseline: dict[str, Any],
     kld = measure.run(broken, "random-128", pair, "batched")["kld"][0]
     assert kld is not None
     assert deviation((kld, 0), baseline[f"random-128 {pair} batched"]) > SIGMAS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere programs load libraries, or are signed")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_wrong_trellis_level_is_noticed(
+    measure: Measure, baseline: dict[str, Any], tmp_path: Path, bits: int
+) -> None:
+    """The sign of the largest level (measured: by 8 to 16 errors), in a copy of the program: it is no parameter.
+
+    Smaller errors of one level of 32 do not all show here: encoding chooses among what is there. The library's golden
+    vectors use each of the 32.
+    """
+    levels = trellis(bits).levels
+    moved = levels.copy()
+    moved.flat[levels.argmax()] *= -1
+    program = Path(measure.divergence.fork.program(PROGRAM))
+    data = program.read_bytes()
+    assert data.count(levels.tobytes()) == 1, "the table is not in the program"
+    broken = tmp_path / PROGRAM
+    broken.write_bytes(data.replace(levels.tobytes(), moved.tobytes()))
+    broken.chmod(0o755)
+    model, (ctx, chunks) = measure.models["random-128"], SIZES["random-128"]
+    divergence = Divergence(Fork(tmp_path), measure.divergence.prose, tmp_path)
+    divergence.bases[model, ctx, chunks] = measure.divergence.base(model, ctx, chunks)
+    kld = divergence.measure(model, (f"tq{bits}_tcq", f"tq{bits}_tcq"), ctx=ctx, chunks=chunks)
+    assert deviation((kld, 0), baseline[f"random-128 tq{bits}_tcq batched"]) > SIGMAS
 
 
 DAMAGES = ["no centers", "zeros for a head", "another sign", "another's means", "no scales", "reciprocals"]

@@ -238,6 +238,21 @@ def test_same_command_same_numbers(tmp_path: Path, random_model: RandomModel, pr
     assert found[0] == found[1]
 
 
+def test_without_upstreams_rotation(search: Search) -> None:
+    records = search.run("q4_0,q4_0-norot", "--tasks", "niah")
+    (group,) = retrieval_report.groups(records)
+    assert {row.label for row in group.rows} == {"f16 / f16", "q4_0 / q4_0", "q4_0-norot / q4_0-norot"}
+    assert records[1].answers != records[2].answers
+
+
+def test_a_report_that_cannot_be_written(search: Search) -> None:
+    search.run("f16", "--tasks", "niah")
+    report = search.output.with_suffix(".md")
+    report.unlink()
+    report.mkdir()
+    search.refuses("Is a directory", "f16", "--report-only")
+
+
 def test_recorded_haystacks_are_skipped(search: Search) -> None:
     search.run("f16", "--tasks", "niah")
     first = search.output.read_bytes()
@@ -276,6 +291,8 @@ def test_what_cannot_be_measured_is_refused(search: Search, tmp_path: Path) -> N
     search.refuses("at least one trial", "tq3", "--trials", 0)
     search.refuses("digits", "tq3", "--digits", 1)
     search.refuses("invalid argument: --foo", "tq3", "--flags", "--foo")
+    search.refuses("--parallel is set by the command", "tq3", "--flags", "--parallel 2")
+    search.refuses("one thread", "tq3", "-t", 0)
     search.refuses("no room for 2 facts", "tq3", "--lengths", 64)
     search.refuses("is missing", "tq3", "--bin", tmp_path)
     search.model = tmp_path / "none.gguf"
@@ -293,6 +310,19 @@ def test_another_type_than_the_one_asked_for_is_refused(search: Search, tmp_path
     search.bin_dir = script.parent
     search.refuses("K of type tq3 was asked for, the cache is q8_0", "tq3")
     assert {str(r.pair) for r in search.records()} == {"f16"}
+
+
+def test_a_text_that_changes_meanwhile_is_refused(search: Search, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(search.text.read_bytes())
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / retrieval.PROGRAM
+    real = search.bin_dir / retrieval.PROGRAM
+    script.write_text(f'#!/bin/bash\ncase "$*" in *--port*) echo >> {text};; esac\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    search.text, search.bin_dir = text, script.parent
+    search.refuses("text.txt has changed meanwhile", "tq3")
+    assert not search.records()
 
 
 def test_a_damaged_line_is_said(search: Search) -> None:
@@ -328,7 +358,7 @@ def test_records_survive_the_file(real: tuple[Search, list[Record]], tmp_path: P
     store = retrieval.store(tmp_path / "x.jsonl")
     store.append(real[1][0])
     assert store.read() == ([real[1][0]], None)
-    assert json.loads((tmp_path / "x.jsonl").read_text())["schema"] == retrieval.SCHEMA
+    assert json.loads((tmp_path / "x.jsonl").read_text())["schema"] == runs.SCHEMA
 
 
 def test_errors() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -12,15 +11,14 @@ import typer
 from rich.console import Console
 
 from ggml_tq import data
-from ggml_tq.cli.app import app, fail
-from ggml_tq.cli.eval import default_bin_dir, stop
+from ggml_tq.cli.app import app
+from ggml_tq.cli.eval import OWN_RESULTS, default_bin_dir, measuring
 from ggml_tq.eval import bench, bench_report
 from ggml_tq.eval.bench import Plan, Round, Session
 from ggml_tq.eval.report import short_name
-from ggml_tq.eval.runs import EvalError, Pair, whole_numbers
+from ggml_tq.eval.runs import Pair, split_flags, whole_numbers
 
-FOLDER = Path("docs/results")
-TYPES = "f16,q8_0,q4_0,tq4,tq3,tq2"
+TYPES = "f16,q8_0,q4_0,tq4_tcq,tq3_tcq,tq2_tcq"
 
 
 @app.command("bench")
@@ -45,7 +43,7 @@ def measure(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="JSON lines; a table and a plot go beside it. (default: docs/results/speed-MODEL-…)"
+            "-o", "--output", help="JSON lines; a table and a plot go beside it. (default: results/speed-MODEL-…)"
         ),
     ] = None,
     bin_dir: Annotated[
@@ -61,12 +59,11 @@ def measure(
     settings are skipped, so an interrupted command goes on where it was. Keep the machine quiet.
     """
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, stop)
 
     def say(message: str) -> None:
         console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    try:
+    with measuring("rounds"):
         plan = Plan(
             model=model or data.data_dir() / data.ASSETS["smollm2"].file,
             pairs=tuple(map(Pair.parse, types.split(","))),
@@ -76,14 +73,14 @@ def measure(
             parallel=whole_numbers(parallel, "numbers of sequences") if parallel else (),
             repetitions=repetitions,
             threads=threads,
-            flags=tuple(flags.split()),
+            flags=split_flags(flags),
         )
         plan.check()
         session = Session(bin_dir or default_bin_dir(), bench.store(Path()), build)
         settings = session.settings(plan)
         if output is None:
             backend = "gpu" if settings.gpu else "cpu"
-            output = FOLDER / f"speed-{short_name(plan.model.name).lower()}-{backend}.jsonl"
+            output = OWN_RESULTS / f"speed-{short_name(plan.model.name).lower()}-{backend}.jsonl"
         session.rounds = bench.store(output)
         half = session.rounds.read()[1]
         if half is not None:
@@ -110,7 +107,3 @@ def measure(
                 typer.echo(json.dumps(r.to_json()))
         else:
             typer.echo("".join(map(bench_report.table, bench_report.groups(mine))), nl=False)
-    except EvalError as e:
-        raise fail(e) from e
-    except KeyboardInterrupt as e:
-        raise fail("interrupted; the rounds so far are recorded") from e

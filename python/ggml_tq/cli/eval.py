@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -22,7 +23,8 @@ from ggml_tq.eval import matrix, perplexity, report, runs
 from ggml_tq.eval.matrix import Plan, Session
 from ggml_tq.eval.runs import PATHS, EvalError, Pair, PathKind, Record, Store
 
-RESULTS = Path("docs/results/quality.jsonl")
+OWN_RESULTS = Path("results")  # which git ignores
+RESULTS = Path("docs/results/quality.jsonl")  # which the README shows
 REPORT = RESULTS.with_suffix(".md")
 
 
@@ -70,9 +72,24 @@ def _paths(names: Sequence[str]) -> tuple[PathKind, ...]:
     return found
 
 
-def stop(_signal: int, _frame: FrameType | None) -> None:
-    """Handler of SIGTERM: ends as Ctrl-C does, with the programs that were started."""
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def measuring(what: str) -> Iterator[None]:
+    """What goes wrong is one line; signals end it as Ctrl-C does, with the programs that were started."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, stop)
+    try:
+        yield
+    except EvalError as e:
+        raise fail(e) from e
+    except OSError as e:
+        raise fail(f"{e.filename}: {e.strerror}" if e.filename else e) from e
+    except KeyboardInterrupt as e:
+        raise fail(f"interrupted; the {what} so far are recorded") from e
 
 
 def _offer_to_delete(bases: perplexity.BaseCache, jobs: Sequence[matrix.Job]) -> None:
@@ -109,7 +126,14 @@ def evaluate(
     long_matrix: Annotated[
         bool, typer.Option("--matrix", help="The long matrix of four models instead of -m, -f, --types, -c, --path.")
     ] = False,
-    output: Annotated[Path, typer.Option("-o", "--output", help="JSON lines to which results are added.")] = RESULTS,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="JSON lines to which results are added. Git ignores results/; report reads docs/results/ unless told.",
+        ),
+    ] = OWN_RESULTS / RESULTS.name,
     bin_dir: Annotated[
         Path | None,
         typer.Option("--bin", help="Folder of llama-perplexity. (default: $GGML_TQ_BUILD/bin, or build/bin)"),
@@ -130,8 +154,7 @@ def evaluate(
     text, program, threads, flags, processor) are skipped, so an interrupted command goes on where it was.
     """
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, stop)
-    try:
+    with measuring("results"):
         folder = data.data_dir()
         if long_matrix:
             plans = matrix.long_matrix(folder)
@@ -146,7 +169,7 @@ def evaluate(
                     (context,),
                     _paths(paths or ["batched"]),
                     tokens if chunks is None else chunks * context,
-                    tuple(flags.split()),
+                    runs.split_flags(flags),
                 )
                 for model in models
                 for text in texts
@@ -181,22 +204,23 @@ def evaluate(
             typer.echo(report.tables(results), nl=False)
         if keep_base is None:
             _offer_to_delete(bases, jobs)
-    except EvalError as e:
-        raise fail(e) from e
-    except KeyboardInterrupt as e:
-        raise fail("interrupted; the results so far are recorded") from e
 
 
 @app.command("report")
 def write_report(
-    inputs: Annotated[list[Path] | None, typer.Argument(help="JSON lines of ggml-tq eval.")] = None,
+    inputs: Annotated[
+        list[Path] | None, typer.Argument(help=f"JSON lines of ggml-tq eval. (default: {RESULTS})")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Markdown file; plots go beside it.")] = REPORT,
     builds: Annotated[
         list[str] | None,
         typer.Option("--binary", help="Only results of the programs whose SHA-256 begins so."),
     ] = None,
     readme: Annotated[
-        Path | None, typer.Option("--readme", help="Put a compact table between its <!-- quality --> lines.")
+        Path | None,
+        typer.Option(
+            "--readme", help="Put a compact table between its lines `<!-- quality -->` and `<!-- /quality -->`."
+        ),
     ] = None,
     studies: Annotated[
         list[Path] | None, typer.Option("--study", help="JSON of ggml-tq study, to show the error of each layer.")
@@ -207,7 +231,7 @@ def write_report(
     Results of one model, text, context and number of chunks form a table. They must have been measured with the same
     settings; if not, the command says what differs, and --binary chooses.
     """
-    try:
+    with measuring("results"):
         records: list[Record] = []
         for path in inputs or [RESULTS]:
             if not path.is_file():
@@ -219,6 +243,4 @@ def write_report(
         if builds:
             records = [r for r in records if any(r.settings.binary_sha256.startswith(b) for b in builds)]
         report.write(records, output, inputs or [RESULTS], readme, studies or [])
-    except EvalError as e:
-        raise fail(e) from e
     typer.echo(output)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -12,16 +11,16 @@ import typer
 from rich.console import Console
 
 from ggml_tq import data
-from ggml_tq.cli.app import app, fail
-from ggml_tq.cli.eval import default_bin_dir, stop
+from ggml_tq.cli.app import app
+from ggml_tq.cli.eval import OWN_RESULTS, default_bin_dir, measuring
 from ggml_tq.eval import retrieval, retrieval_report, runs
 from ggml_tq.eval.haystack import TASKS, Task
 from ggml_tq.eval.perplexity import Program
 from ggml_tq.eval.retrieval import Plan, Record, Session
-from ggml_tq.eval.runs import EvalError, Pair, whole_numbers
+from ggml_tq.eval.runs import EvalError, Pair, split_flags, whole_numbers
 
-RESULTS = Path("docs/results/retrieval.jsonl")
-TYPES = "f16,q8_0,q4_0,tq4,tq4_mse,tq3,tq3_mse,tq2_mse"
+RESULTS = OWN_RESULTS / "retrieval.jsonl"
+TYPES = "f16,q8_0,q4_0,tq4_tcq,tq3_tcq,tq2_tcq"
 
 
 def _depths(text: str) -> tuple[float, ...]:
@@ -75,13 +74,12 @@ def retrieve(
     haystacks.
     """
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, stop)
     records = retrieval.store(output)
 
     def say(message: str) -> None:
         console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    try:
+    with measuring("haystacks"):
         keys = set()
         half = records.read()[1]
         if half is not None:
@@ -98,7 +96,7 @@ def retrieve(
                 trials=trials,
                 seed=seed,
                 digits=digits,
-                flags=tuple(flags.split()),
+                flags=split_flags(flags),
             )
             program = Program(bin_dir or default_bin_dir(), retrieval.PROGRAM)
             session = Session(program, records, threads, runs.source(program.version(), build))
@@ -126,7 +124,3 @@ def retrieve(
                     typer.echo(json.dumps(r.to_json()))
         else:
             typer.echo(report)
-    except EvalError as e:
-        raise fail(e) from e
-    except KeyboardInterrupt as e:
-        raise fail("interrupted; the haystacks so far are recorded") from e

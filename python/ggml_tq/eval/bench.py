@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_tq.eval import runs
-from ggml_tq.eval.perplexity import Part, Printed, Program, printed_cache
+from ggml_tq.eval.perplexity import Printed, Program, printed_cache, unchanged
 from ggml_tq.eval.runs import EvalError, Json, JsonLines, Pair
 
-SCHEMA = 1
 BENCH = "llama-bench"
 BATCHED = "llama-batched-bench"
 DEPTHS = (0, 2048, 8192, 32768)
 F16 = Pair("f16", "f16")
+OWN = ("-ctk", "-ctv", "-fa", "-t")  # options that `arguments` sets
+BENCH_OWN = (*OWN, "-p", "-n", "-pg", "-d", "-r", "-o")
+BATCHED_OWN = (*OWN, "-c", "-npp", "-ntg", "-npl", "--output-format", "-lv")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Round:
+class Round(runs.Stored):
     """All pairs once at one depth."""
 
     settings: Settings
@@ -73,35 +75,15 @@ class Round:
     def key(self) -> tuple[str, int, int]:
         return self.settings.key(), self.depth, self.repetition
 
-    def to_json(self) -> Json:
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: Json) -> Round:
-        """Raises EvalError for anything but what `to_json` returns."""
-        try:
-            if data["schema"] != SCHEMA:
-                raise EvalError(f"schema {data['schema']}; this version reads {SCHEMA}")
-            settings: Json = {k: tuple(v) if isinstance(v, list) else v for k, v in data["settings"].items()}
-            found = tuple(_run_from_json(r) for r in data["runs"])
-            return cls(Settings(**settings), data["depth"], data["repetition"], found, data["source"])
-        except (KeyError, TypeError, AttributeError) as e:
-            raise EvalError(f"not a record: {e!r}") from e
-
-
-def _run_from_json(data: Json) -> Run:
-    cache = data["cache"]
-    printed = Printed(**{**cache, "parts": tuple(Part(**p) for p in cache["parts"])})
-    return Run(**{**data, "pair": Pair(**data["pair"]), "cache": printed, "command": tuple(data["command"])})
-
 
 def store(path: Path) -> JsonLines[Round]:
-    return JsonLines(path, Round.from_json)
+    return JsonLines(path, Round)
 
 
 def arguments(s: Settings, pair: Pair, depth: int) -> list[str]:
     """Options of one run, after the model's."""
-    types = ["-ctk", pair.k, "-ctv", pair.v, "-fa", "on", "-t", str(s.threads)]
+    k, v = pair.types
+    types = ["-ctk", k, "-ctv", v, "-fa", "on", "-t", str(s.threads)]
     if s.program == BENCH:  # -v prints the cache; nothing more is printed while a test runs
         sizes = ["-p", str(s.prompt), "-n", str(s.generate), "-d", str(depth), "-r", "1", "-o", "jsonl", "-v"]
     else:
@@ -154,8 +136,7 @@ class Plan:
 
     def check(self) -> None:
         """Raise EvalError where the plan makes no sense."""
-        if not self.model.is_file():
-            raise EvalError(f"{self.model} is missing")
+        runs.check_file(self.model)
         if not self.depths or min(self.depths) < 0 or max(self.depths) >= 2**31:
             raise EvalError("depths are numbers of tokens, 0 or more, below 2^31")
         if self.parallel and (min(self.depths) < 1 or min(self.parallel) < 1):
@@ -184,6 +165,7 @@ class Session:
         """Raises EvalError where the plan cannot be done."""
         plan.check()
         program = self._program(BATCHED if plan.parallel else BENCH)
+        program.check_flags(plan.flags, BATCHED_OWN if plan.parallel else BENCH_OWN)
         pairs = tuple(dict.fromkeys([F16, *plan.pairs]))
         for pair in pairs:  # an unknown type is to stop us now, not after an hour
             program.check(pair, plan.flags)
@@ -208,21 +190,21 @@ class Session:
 
     def run(self, plan: Plan, settings: Settings) -> None:
         """Run the rounds that are not recorded yet: all depths, then again."""
-        done = {r.key for r in self.rounds.read()[0]}
-        for repetition in range(plan.repetitions):
-            for depth in plan.depths:
-                if (settings.key(), depth, repetition) not in done:
-                    self._round(plan, settings, depth, repetition)
+        with self.rounds.session():
+            done = {r.key for r in self.rounds.read()[0]}
+            for repetition in range(plan.repetitions):
+                for depth in plan.depths:
+                    if (settings.key(), depth, repetition) not in done:
+                        self._round(plan, settings, depth, repetition)
 
     def _round(self, plan: Plan, s: Settings, depth: int, repetition: int) -> None:
         program = self._program(s.program)
-        if program.sha256() != s.binary_sha256:
-            raise EvalError(f"{s.program} was built again meanwhile")
         first = repetition % len(s.pairs)
         found = []
         for name in s.pairs[first:] + s.pairs[:first]:
             self.on_start(Pair.parse(name), depth, repetition)
-            found.append(self._run(plan.model, s, Pair.parse(name), depth))
+            with unchanged(s, program, plan.model):
+                found.append(self._run(plan.model, s, Pair.parse(name), depth))
         result = Round(s, depth, repetition, tuple(found), runs.source(program.version(), self.build))
         self.rounds.append(result)
         self.on_round(result)
@@ -231,7 +213,7 @@ class Session:
         args = arguments(s, pair, depth)
         started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         load = round(os.getloadavg()[0], 2)
-        log = self._program(s.program).run(["-m", model, *args], share_cores=False)
+        log = self._program(s.program).run(["-m", model, *args], share_cores=False, extra_environment=pair.environment)
         found, backends, contexts = speeds(log, s)
         return Run(
             pair=pair,

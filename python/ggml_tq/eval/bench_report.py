@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_tq.eval.bench import BENCH, F16, Round, Run, Settings
-from ggml_tq.eval.report import replace_file, save_figure, short_name
+from ggml_tq.eval.report import link, links, model_names, replace_file, save_figure
 from ggml_tq.eval.runs import EvalError
 
 _INTRO = """\
@@ -35,7 +34,9 @@ class Spread:
     high: float
 
     def show(self, digits: int) -> str:
-        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+        """The range only where there is one: not of a single repetition."""
+        median = f"{self.median:.{digits}f}"
+        return median + (f" ({self.low:.{digits}f} to {self.high:.{digits}f})" if self.low < self.high else "")
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -63,6 +64,7 @@ class Group:
 
     settings: Settings
     rounds: list[Round]
+    name: str  # of the model
 
     @property
     def tests(self) -> list[str]:
@@ -84,7 +86,8 @@ class Group:
             first = runs[0][0]
             speeds = {t: spread([run.speeds[t] for run, _ in runs]) for t in self.tests}
             ratios = {t: spread([run.speeds[t] / f16.speeds[t] for run, f16 in runs]) for t in self.tests}
-            result.append(Cell(f"{first.cache.k} / {first.cache.v}", depth, mib(first), speeds, ratios))
+            label = " / ".join(first.pair.names(first.cache.k, first.cache.v))
+            result.append(Cell(label, depth, mib(first), speeds, ratios))
         return result
 
 
@@ -97,7 +100,8 @@ def groups(rounds: Iterable[Round]) -> list[Group]:
         found[r.settings.key()].append(r)
     if not found:
         raise EvalError("no results")
-    return [Group(rs[0].settings, rs) for rs in found.values()]
+    called = model_names(rs[0] for rs in found.values())
+    return [Group(rs[0].settings, rs, called[rs[0].settings.model_sha256]) for rs in found.values()]
 
 
 def _machine(group: Group) -> str:
@@ -125,7 +129,7 @@ def table(group: Group) -> str:
     """Markdown: a row for each depth and pair of types."""
     heads = " | ".join(f"{t}, tokens/s | ÷ f16" for t in group.tests)
     lines = [
-        f"## {short_name(group.settings.model)}",
+        f"## {group.name}",
         "",
         _machine(group),
         "",
@@ -166,7 +170,7 @@ def plot(group: Group, path: Path) -> None:
         ax.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize=7)
     where = group.settings.gpu or group.settings.cpu
-    figure.suptitle(f"{short_name(group.settings.model)}, {group.backends} ({where})", fontsize=10)
+    figure.suptitle(f"{group.name}, {group.backends} ({where})", fontsize=10)
     save_figure(figure, path)
 
 
@@ -176,11 +180,10 @@ def write(rounds: Iterable[Round], output: Path, inputs: Sequence[Path]) -> None
     Raises EvalError, before anything is written, where results are missing.
     """
     all_groups = groups(rounds)
-    links = ", ".join(f"[{p.name}]({os.path.relpath(p, output.parent)})" for p in inputs)
-    parts = [_INTRO.format(inputs=links)]
+    parts = [_INTRO.format(inputs=links(inputs, output.parent))]
     output.parent.mkdir(parents=True, exist_ok=True)
     for n, group in enumerate(all_groups):
         picture = output.with_name(f"{output.stem}{f'-{n + 1}' if n else ''}.svg")
         plot(group, picture)
-        parts += [table(group), f"![speed and size over depth]({picture.name})\n"]
+        parts += [table(group), f"!{link('speed and size over depth', picture.name)}\n"]
     replace_file(output, "\n".join(parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import math
@@ -17,7 +18,7 @@ from ggml_tq.eval.runs import EvalError, Pair, PathKind, Record, Settings, Store
 UPSTREAM = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # each with upstream's rotation
 OURS = ("tq4_tcq", "tq4", "tq4_mse", "tq3_tcq", "tq3", "tq3_mse", "tq2_tcq", "tq2", "tq2_mse")
 MIXED = ("q8_0/tq4_tcq", "q8_0/tq3_tcq", "q8_0/tq2_tcq", "tq4_tcq/tq3_tcq", "tq4_tcq/tq2_tcq")
-DECODE = ("f16", "tq4_tcq", "tq3_tcq", "tq2_tcq", "tq3")
+DECODE = ("f16", "q8_0", "q4_0", "q4_0-norot", "tq4_tcq", "tq3_tcq", "tq2_tcq", "tq3")
 LONG = ("bf16", "q8_0", "q5_1", "q4_0", "q4_0-norot", "iq4_nl", "tq4_tcq", "tq3_tcq", "tq2_tcq", "q8_0/tq3_tcq")
 TOKENS = 20_000
 
@@ -41,8 +42,9 @@ class Plan:
 def long_matrix(folder: Path) -> list[Plan]:
     """What ``make eval`` runs: the four models of ``ggml-tq fetch``, calibrated on c4, on wiki text.
 
-    Every type at context 2048, some at 8192, and some at 2048 one token at a time. bf16, and f16 one token at a time,
-    are the floor: they differ from the base by rounding alone. Batched f16 is the base; what it is off by, its file is.
+    Every type at context 2048, some at 8192 and, of Qwen2.5, at 32768, and some at 2048 one token at a time. bf16, and
+    f16 one token at a time, are the floor: they differ from the base by rounding alone. Batched f16 is the base; what
+    it is off by, its file is.
     """
     every = ("f16", "bf16", *UPSTREAM, "q4_0-norot", *OURS, *MIXED)
     plans = []
@@ -51,7 +53,7 @@ def long_matrix(folder: Path) -> list[Plan]:
         plans += [
             Plan(*files, _pairs(every), (2048,)),
             Plan(*files, _pairs(DECODE), (2048,), ("decode",)),
-            Plan(*files, _pairs(LONG), (8192,)),
+            Plan(*files, _pairs(LONG), (8192, 32768) if name.startswith("qwen") else (8192,)),
         ]
     return plans
 
@@ -101,8 +103,9 @@ class Session:
 
     def settings(self, plan: Plan, context: int) -> Settings:
         for file in (plan.model, plan.text):
-            if not file.is_file():
-                raise EvalError(f"{file} is missing")
+            runs.check_file(file)
+        if context < 1 or self.threads < 1:
+            raise EvalError("want a context of at least one token, and at least one thread")
         chunks = plan.chunks(context)
         settings = Settings(
             model=plan.model.name,
@@ -125,6 +128,7 @@ class Session:
         """All runs of the plans, those of one base together."""
         found: dict[tuple[str, Pair, PathKind], Job] = {}
         for plan in plans:
+            self.program.check_flags(plan.flags, perplexity.OWN)
             for context in plan.contexts:
                 settings = self.settings(plan, context)
                 for pair in plan.pairs:  # before minutes of work
@@ -136,11 +140,12 @@ class Session:
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Do what is not in the store yet; each result is in the store before the next run begins."""
-        for n, job in enumerate(jobs):
-            if job.key not in {r.key for r in self.store.read()[0]}:
-                self.on_record(self._run(job))
-            if not self.keep_bases and job.settings not in {later.settings for later in jobs[n + 1 :]}:
-                self.bases.drop(job.settings)  # gigabytes
+        with self.store.session(), contextlib.closing(self.bases):
+            for n, job in enumerate(jobs):
+                if job.key not in {r.key for r in self.store.read()[0]}:
+                    self.on_record(self._run(job))
+                if not self.keep_bases and job.settings not in {later.settings for later in jobs[n + 1 :]}:
+                    self.bases.drop(job.settings)  # gigabytes
 
     def _run(self, job: Job) -> Record:
         s, plan = job.settings, job.plan
@@ -152,18 +157,19 @@ class Session:
         base = self.bases.get(self.program, s, plan.model, plan.text)
         self.on_start(f"{s.model}, {s.context} tokens: {job.pair}, {job.path}", job.cost)
         start = time.monotonic()
-        cache, figures, chunk_kld = perplexity.compare(
-            self.program,
-            plan.model,
-            base,
-            job.pair,
-            job.path,
-            context=s.context,
-            chunks=s.chunks,
-            threads=s.threads,
-            flags=s.flags,
-            progress=progress,
-        )
+        with perplexity.unchanged(s, self.program, plan.model, plan.text):
+            cache, figures, chunk_kld = perplexity.compare(
+                self.program,
+                plan.model,
+                base,
+                job.pair,
+                job.path,
+                context=s.context,
+                chunks=s.chunks,
+                threads=s.threads,
+                flags=s.flags,
+                progress=progress,
+            )
         record = Record(
             settings=s,
             pair=job.pair,

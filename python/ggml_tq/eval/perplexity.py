@@ -7,6 +7,7 @@ once, kept in a cache directory under a hash of all that they depend on, and ver
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -15,25 +16,31 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import IO, BinaryIO, Protocol
 
-from ggml_tq.eval.runs import Cache, EvalError, Figure, Pair, PathKind, Settings, sha256
+from ggml_tq.eval.runs import Cache, EvalError, Figure, FigureName, Pair, PathKind, Settings, lock, sha256
 
 PROGRAM = "llama-perplexity"
 BATCH = 2048  # tokens given to the library at once, at most
 UBATCH = 512  # tokens it computes at once
 DECODE = ("-ub", "1")  # takes the kernel that generates text
 F16 = Pair("f16", "f16")
+MODEL = ("-m", "-mu", "-dr", "-hf", "-hff")  # options of every program that name a model
+OWN = ("-f", "-bf", "-p", "-c", "-t", "-ctk", "-ctv", "-lv", "--chunks", "--kl-divergence", "--kl-divergence-base")
 
 _NUMBER = r"(-?(?:[\d.]+|nan|inf))"
 _VALUE = r"\s*:?\s*" + _NUMBER
 _WITH_ERROR = _VALUE + r"\s*±\s*" + _NUMBER
-FIGURES = {  # of the program's own summary; perplexity's and the ratio's errors are upstream's, per token
+# of the program's own summary; perplexity's and the ratio's errors are upstream's, per token
+FIGURES: dict[FigureName, str] = {
     "ppl": r"Mean PPL\(Q\)" + _WITH_ERROR,
     "ppl_f16": r"Mean PPL\(base\)" + _WITH_ERROR,
     "ppl_ratio": r"Mean PPL\(Q\)/PPL\(base\)" + _WITH_ERROR,
@@ -60,6 +67,30 @@ def _no_progress(_: int) -> None:
 def environment() -> dict[str, str]:
     """The environment of a program: the user's own settings must not reach it."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "GGML_"))}
+
+
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def start(command: Sequence[object], output: int | IO[bytes], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a program, which on Linux ends with this process, whatever ends that."""
+    parent = os.getpid()
+
+    def tie() -> None:
+        if _PRCTL:
+            _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it ended before
+                os._exit(1)
+
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=env,
+        preexec_fn=tie if _PRCTL else None,
+    )
 
 
 class Program:
@@ -97,6 +128,18 @@ class Program:
         k, v = pair.types
         self.run([*flags, "-ctk", k, "-ctv", v, "--version"])
 
+    def check_flags(self, flags: Sequence[str], own: Iterable[str]) -> None:
+        """Raise EvalError where a user's flag is one of our own, by any of the names that the program's help has."""
+        help_text = self.run(["--help"])
+        names: list[list[str]] = [
+            found.replace(",", " ").split() for found in re.findall(r"^ *(-[-\w]+(?:, +-[-\w]+)*)", help_text, re.M)
+        ]
+        taken = {name for option in names for name in option if not {*own, *MODEL}.isdisjoint(option)}
+        for flag in flags:
+            name = flag.partition("=")[0]
+            if (name.replace("_", "-") if name.startswith("--") else name) in taken:
+                raise EvalError(f"--flags: {name} is set by the command itself")
+
     def run(
         self,
         args: Sequence[object],
@@ -110,13 +153,7 @@ class Program:
         With `share_cores` idle threads sleep rather than spin, for other work's sake.
         """
         env = environment() | ({"OMP_WAIT_POLICY": "passive"} if share_cores else {}) | dict(extra_environment)
-        process = subprocess.Popen(
-            [str(self.path), *map(str, args)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=env,
-        )
+        process = start([self.path, *args], subprocess.PIPE, env)
         assert process.stdout is not None
         raw = b""
         try:
@@ -133,6 +170,32 @@ class Program:
         if process.returncode != 0:
             raise EvalError(f"{self.path.name} failed with status {process.returncode}: {reason(text)}")
         return text
+
+
+class Hashes(Protocol):
+    """Settings that name files by their hashes."""
+
+    @property
+    def binary_sha256(self) -> str: ...
+    @property
+    def model_sha256(self) -> str: ...
+
+
+@contextlib.contextmanager
+def unchanged(settings: Hashes, program: Program, model: Path, text: Path | None = None) -> Iterator[None]:
+    """Around a run: raises EvalError, before and after, unless its files are those that the settings name."""
+
+    def check() -> None:
+        found = [(program.path, "binary", program.sha256()), (model, "model", sha256(model))]
+        if text is not None:
+            found.append((text, "text", sha256(text)))
+        for path, name, digest in found:
+            if digest != getattr(settings, f"{name}_sha256"):
+                raise EvalError(f"{path} has changed meanwhile: start again")
+
+    check()
+    yield
+    check()
 
 
 def reason(text: str) -> str:
@@ -219,9 +282,9 @@ def _finite(text: str) -> float | None:
     return None if text.lstrip("-") in ("nan", "inf") else float(text)
 
 
-def figures(log: str) -> dict[str, Figure]:
+def figures(log: str) -> dict[FigureName, Figure]:
     """The summary of a --kl-divergence run."""
-    found: dict[str, Figure] = {}
+    found: dict[FigureName, Figure] = {}
     for name, pattern in FIGURES.items():
         match = re.search(pattern, log)
         if match is None:
@@ -245,7 +308,13 @@ def _check_chunks(log: str, wanted: int) -> None:
     match = _CHUNKS.search(log)
     if match is None:
         raise EvalError(f"no result from {PROGRAM}: {reason(log)}")
-    if int(match[1]) != wanted:
+    _check_started(log, wanted)
+
+
+def _check_started(log: str, wanted: int) -> None:
+    """The same, while the program runs: it says how many before it computes them."""
+    match = _CHUNKS.search(log)
+    if match and int(match[1]) != wanted:
         raise EvalError(f"the text has {match[1]} chunks, not {wanted}")
 
 
@@ -278,6 +347,7 @@ def compute_base(
         if not checked and (vocab := re.search(r"n_vocab += (\d+)\n", log)):
             check_space(out.parent, logits_size(context, chunks, int(vocab[1])))
             checked = True
+        _check_started(log, chunks)
         progress(len(re.findall(r"\[\d+\]", log)))
 
     args = [*_args(model, context, threads, flags), "-f", text, "--chunks", chunks]
@@ -304,7 +374,7 @@ def compare(
     threads: int,
     flags: Sequence[str],
     progress: Progress = _no_progress,
-) -> tuple[Cache, dict[str, Figure], tuple[float, ...]]:
+) -> tuple[Cache, dict[FigureName, Figure], tuple[float, ...]]:
     """Run one pair of cache types against the base: the effective cache, the figures, the mean KLD of each chunk."""
     flags = [*flags, *(DECODE if path == "decode" else ())]
     k, v = pair.types
@@ -356,12 +426,13 @@ def check_space(folder: Path, need: int) -> None:
 class BaseCache:
     """Files of f16 logits, each with a sidecar of its size, hash and printed cache.
 
-    A file whose size or hash is not the sidecar's is computed again.
+    A file whose size or hash is not the sidecar's is computed again. What this object has given is locked until
+    `close` or `drop`, so that no other process deletes it.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
         self.folder, self.say = folder, say
-        self.verified: dict[Path, Base] = {}  # by this object, so that a file is read once
+        self.given: dict[Path, tuple[Base, BinaryIO]] = {}
 
     def path(self, settings: Settings) -> Path:
         return self.folder / f"{settings.key()}.logits"
@@ -371,44 +442,65 @@ class BaseCache:
     ) -> Base:
         """The base of `settings`, computed unless a whole one is there."""
         target = self.path(settings)
-        if target in self.verified:
-            return self.verified[target]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock(target):
-            base = self._load(target)
-            if base is None:
-                partial = target.with_suffix(".partial")
-                partial.unlink(missing_ok=True)
-                try:
-                    done = compute_base(
-                        program,
-                        model,
-                        text,
-                        partial,
-                        context=settings.context,
-                        chunks=settings.chunks,
-                        threads=settings.threads,
-                        flags=settings.flags,
-                        progress=progress,
-                    )
-                    base = self._keep(partial, target, done)
-                finally:
-                    partial.unlink(missing_ok=True)
-        self.verified[target] = base
-        return base
+        try:
+            while target not in self.given:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if target.is_dir():
+                    raise EvalError(f"{target} is a folder")
+                shared = lock(target.with_suffix(".lock"), fcntl.LOCK_SH)
+                if base := self._load(target):
+                    self.given[target] = base, shared
+                    break
+                shared.close()
+                with lock(target.with_suffix(".lock"), fcntl.LOCK_EX):  # waits for whoever computes it
+                    if self._load(target) is None:
+                        self._compute(target, program, settings, model, text, progress)
+        except OSError as e:
+            raise EvalError(f"{e.filename or target}: {e.strerror}") from e
+        return self.given[target][0]
+
+    def _compute(
+        self, target: Path, program: Program, settings: Settings, model: Path, text: Path, progress: Progress
+    ) -> None:
+        if target.exists():
+            self.say(f"{target} is damaged: computing it again")
+        partial = target.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        try:
+            with unchanged(settings, program, model, text):
+                done = compute_base(
+                    program,
+                    model,
+                    text,
+                    partial,
+                    context=settings.context,
+                    chunks=settings.chunks,
+                    threads=settings.threads,
+                    flags=settings.flags,
+                    progress=progress,
+                )
+            self._keep(partial, target, done)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def drop(self, settings: Settings) -> None:
-        """Delete the files of `settings`."""
+        """Delete the files of `settings`, unless another process uses them."""
         target = self.path(settings)
-        self.verified.pop(target, None)
-        for path in (target, target.with_suffix(".json"), target.with_suffix(".lock")):
-            path.unlink(missing_ok=True)
+        if target in self.given:
+            self.given.pop(target)[1].close()
+        if not target.exists():
+            return
+        try:
+            with lock(target.with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB):
+                for path in (target, target.with_suffix(".json"), target.with_suffix(".lock")):
+                    path.unlink(missing_ok=True)
+        except BlockingIOError:
+            self.say(f"{target} is kept: another process uses it")
 
-    @contextlib.contextmanager
-    def _lock(self, target: Path) -> Iterator[None]:
-        with target.with_suffix(".lock").open("w") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            yield
+    def close(self) -> None:
+        """Let others delete what was given."""
+        while self.given:
+            self.given.popitem()[1][1].close()
 
     def _load(self, target: Path) -> Base | None:
         sidecar = target.with_suffix(".json")
@@ -419,14 +511,11 @@ class BaseCache:
             cache = data["cache"]
             printed = Printed(cache["k"], cache["v"], tuple(Part(**part) for part in cache["parts"]))
             whole = target.stat().st_size == data["size"] and sha256(target) == data["sha256"]
-        except (ValueError, TypeError, KeyError, OSError):
+        except (ValueError, TypeError, KeyError, OSError, RecursionError):
             whole = False
-        if not whole:
-            self.say(f"{target} is damaged: computing it again")
-            return None
-        return Base(target, printed)
+        return Base(target, printed) if whole else None
 
-    def _keep(self, partial: Path, target: Path, base: Base) -> Base:
+    def _keep(self, partial: Path, target: Path, base: Base) -> None:
         data = {"size": partial.stat().st_size, "sha256": sha256(partial), "cache": dataclasses.asdict(base.cache)}
         sidecar = target.with_suffix(".json")
         sidecar.unlink(missing_ok=True)  # never beside the logits of another time
@@ -434,4 +523,3 @@ class BaseCache:
         scratch = sidecar.with_suffix(".json.partial")
         scratch.write_text(json.dumps(data))
         scratch.replace(sidecar)
-        return Base(target, base.cache)

@@ -10,18 +10,35 @@ import json
 import os
 import re
 import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import quote
 
-from ggml_tq.eval.runs import EvalError, Record, check_comparable
+from ggml_tq.cache_types import TYPES
+from ggml_tq.eval.runs import Cache, EvalError, FigureName, Record, check_comparable, differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # slow to import
 
 Group = list[Record]
+
+
+class Model(Protocol):
+    @property
+    def model(self) -> str: ...
+    @property
+    def model_sha256(self) -> str: ...
+
+
+class Named(Protocol):
+    """A record of a model."""
+
+    @property
+    def settings(self) -> Model: ...
+
 
 _HEAD = """\
 | K / V | path | bits a value | perplexity | ÷ f16 | mean KLD | median | 99 % | 99.9 % | max | same top token |
@@ -37,7 +54,7 @@ by rounding (only batched f16 and f32 have upstream's tiled kernel), which quant
 rounded to 8 bits for them. Divergences as small as theirs say nothing of a type. Batched f16 itself is off by what the
 program's file of logits loses: 16 bits each, at most 16 below the largest.
 Upstream's types have upstream's rotation, those marked -norot not. ± is one standard error, over tokens. Bits a value
-are the printed size of the cache over that of the f16 cache, keys and values together.
+are those of the types with their scales, keys and values together.
 
 Written by `ggml-tq report`; the records behind it, with hashes and processor, are in {inputs}.
 """
@@ -47,7 +64,45 @@ def _number(value: float | None, digits: int) -> str:
     return "not finite" if value is None else f"{value:.{digits}f}".replace("-" + f"{0:.{digits}f}", f"{0:.{digits}f}")
 
 
-def plus_minus(r: Record, name: str, digits: int) -> str:
+_UPSTREAM_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5}
+BITS: dict[str, float] = {**_UPSTREAM_BITS, "iq4_nl": 4.5, **{t.name: t.bits_per_value for t in TYPES.values()}}
+
+
+def bits(c: Cache) -> float:
+    """A value, over keys and values: of the types where they are known, as sizes are printed to 0.01 MiB."""
+    k, v = BITS.get(c.k), BITS.get(c.v)
+    if k is None or v is None:
+        return c.bits
+    n_k, n_v = c.mib_k / k, c.mib_v / v
+    if k == v or abs(n_k - n_v) <= 0.01 / k + 0.01 / v:  # as many keys as values, as far as printed sizes say
+        return (k + v) / 2
+    return (n_k * k + n_v * v) / (n_k + n_v)
+
+
+def link(text: str, target: str | Path) -> str:
+    """A Markdown link to a file."""
+    return f"[{text}]({quote(str(target))})"
+
+
+def names(models: Mapping[str, str]) -> dict[str, str]:
+    """A name for each file, by hash: the short one, where another's is the same the file's, or that with the hash."""
+    found: dict[str, str] = {}
+    files = {h: file.removesuffix(".gguf") for h, file in models.items()}
+    for of in (
+        {h: short_name(file) for h, file in files.items()},
+        files,
+        {h: f"{file}-{h[:8]}" for h, file in files.items()},
+    ):
+        counts = Counter(name.lower() for name in of.values())
+        found = {h: name for h, name in of.items() if counts[name.lower()] == 1} | found
+    return found
+
+
+def model_names(records: Iterable[Named]) -> dict[str, str]:
+    return names({r.settings.model_sha256: r.settings.model for r in records})
+
+
+def plus_minus(r: Record, name: FigureName, digits: int) -> str:
     """A figure with its standard error."""
     value, error = r.value(name), r.error(name)
     return _number(value, digits) + (f" ± {error:.{digits}f}" if value is not None and error is not None else "")
@@ -67,7 +122,7 @@ def groups(records: Iterable[Record]) -> list[Group]:
             raise EvalError(f"two different results of {s.model}, {s.context} tokens, {r.pair}, {r.path}")
     result = []
     for group in found.values():
-        rows = sorted(group.values(), key=lambda r: (r.path, -r.cache.bits, str(r.pair)))
+        rows = sorted(group.values(), key=lambda r: (r.path, -bits(r.cache), str(r.pair)))
         try:
             check_comparable(rows)
         except EvalError as e:
@@ -80,7 +135,7 @@ def _row(r: Record) -> str:
     cells = (
         " / ".join(r.names),
         r.path,
-        f"{r.cache.bits:.2f}",
+        f"{bits(r.cache):.2f}",
         _number(r.value("ppl"), 3),
         plus_minus(r, "ppl_ratio", 4),
         plus_minus(r, "kld", 5),
@@ -101,7 +156,7 @@ def chunk_error_ratio(group: Group) -> float | None:
     ratios = []
     for r in group:
         error = r.error("kld")
-        if len(r.chunk_kld) >= 5 and error and r.cache.bits < 16:
+        if len(r.chunk_kld) >= 5 and error and bits(r.cache) < 16:
             ratios.append(statistics.stdev(r.chunk_kld) / len(r.chunk_kld) ** 0.5 / error)
     return statistics.median(ratios) if ratios else None
 
@@ -131,6 +186,7 @@ def compact(records: Iterable[Record]) -> str:
 
     Of each model the context with the most results is shown.
     """
+    records = list(records)
     largest: dict[str, Group] = {}
     for group in groups(records):
         batched = [r for r in group if r.path == "batched"]
@@ -145,15 +201,20 @@ def compact(records: Iterable[Record]) -> str:
         for r in column:
             if (r.cache.k, r.cache.v) != ("f16", "f16"):  # 0
                 rows[r.names][i] = r
-    heads = [f"{short_name(c[0].settings.model)}, {c[0].settings.context} tokens" for c in columns]
+    called = model_names(records)
+    heads = [f"{called[c[0].settings.model_sha256]}, {c[0].settings.context} tokens" for c in columns]
     lines = [f"| K / V | bits a value | {' | '.join(heads)} |", "|---|--:|" + "--:|" * len(columns)]
-    for (k, v), cells in sorted(rows.items(), key=lambda row: -next(iter(row[1].values())).cache.bits):
-        bits = next(iter(cells.values())).cache.bits
+    for (k, v), cells in sorted(rows.items(), key=lambda row: -bits(next(iter(row[1].values())).cache)):
         shown = [plus_minus(cells[i], "kld", 4) if i in cells else "-" for i in range(len(columns))]
-        lines.append(f"| {k} / {v} | {bits:.2f} | {' | '.join(shown)} |")
+        size = bits(next(iter(cells.values())).cache)
+        lines.append(f"| {k} / {v} | {size:.2f} | {' | '.join(shown)} |")
     scored = min(c[0].settings.scored for c in columns)
-    head = f"Mean KL divergence to the f16 cache, at least {scored} tokens scored, ± one standard error:\n\n"
-    return head + "\n".join(lines) + "\n"
+    unlike = differences([c[0] for c in columns], ignored={"model_sha256", "context", "chunks", "flags"})
+    flags = dict.fromkeys(" ".join(_without_sizes(c[0].settings.flags)) for c in columns)
+    unlike += [f"flags ({' / '.join(flags)})"] if len(flags) > 1 else []
+    said = f" Columns were measured differently: {'; '.join(unlike)}." if unlike else ""
+    head = f"Mean KL divergence to the f16 cache, at least {scored} tokens scored, ± one standard error"
+    return head + (f".{said}\n\n" if said else ":\n\n") + "\n".join(lines) + "\n"
 
 
 def short_name(file: str) -> str:
@@ -188,16 +249,16 @@ def save_figure(figure: Figure, path: Path) -> None:
     scratch.replace(path)
 
 
-def plot_pareto(group: Group, path: Path) -> bool:
+def plot_pareto(group: Group, name: str, path: Path) -> bool:
     """Mean KLD over bits a value of the batched runs of one table; False where there is nothing to show."""
     from matplotlib.figure import Figure  # slow to import
 
-    shown = [r for r in group if r.path == "batched" and r.cache.bits < 16 and (r.value("kld") or 0) > 0]
+    shown = [r for r in group if r.path == "batched" and bits(r.cache) < 16 and (r.value("kld") or 0) > 0]
     if len(shown) < 2:
         return False
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
-    points = [(r.cache.bits, r.value("kld") or 0.0) for r in shown]
+    points = [(bits(r.cache), r.value("kld") or 0.0) for r in shown]
     axes.plot(*zip(*_frontier(points), strict=True), color="#cccccc", zorder=0)
     for n, (label, marker, colour) in enumerate(_SERIES):
         of = [(p, r) for p, r in zip(points, shown, strict=True) if _series(r) == n]
@@ -217,7 +278,7 @@ def plot_pareto(group: Group, path: Path) -> bool:
                 color=colour,
             )
     axes.set(xlabel="bits a value", ylabel="mean KL divergence to f16", yscale="log")
-    axes.set_title(f"{short_name(group[0].settings.model)}, {group[0].settings.context} tokens", fontsize=10)
+    axes.set_title(f"{name}, {group[0].settings.context} tokens", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_figure(figure, path)
@@ -229,7 +290,7 @@ def _without_sizes(flags: Sequence[str]) -> list[str]:
     return [flag for i, flag in enumerate(flags) if i not in pairs and i - 1 not in pairs]
 
 
-def plot_context(model_groups: Sequence[Group], path: Path) -> bool:
+def plot_context(model_groups: Sequence[Group], name: str, path: Path) -> bool:
     """Mean KLD over context length of one model; False where fewer than two contexts are recorded alike."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -240,29 +301,29 @@ def plot_context(model_groups: Sequence[Group], path: Path) -> bool:
         for g in model_groups
         if _without_sizes(g[0].settings.flags) == _without_sizes(first.flags)
         and all(
-            getattr(g[0].settings, name) == getattr(first, name)
-            for name in ("text_sha256", "threads", "binary_sha256", "cpu", "gpu")
+            getattr(g[0].settings, what) == getattr(first, what)
+            for what in ("text_sha256", "threads", "binary_sha256", "cpu", "gpu")
         )
     ]
     lines: dict[str, list[Record]] = defaultdict(list)
     for group in alike:
         for r in group:
-            if r.path == "batched" and r.cache.bits < 16 and (r.value("kld") or 0) > 0:
+            if r.path == "batched" and bits(r.cache) < 16 and (r.value("kld") or 0) > 0:
                 lines[" / ".join(r.names)].append(r)
-    lines = {name: rs for name, rs in lines.items() if len({r.settings.context for r in rs}) > 1}
+    lines = {types: rs for types, rs in lines.items() if len({r.settings.context for r in rs}) > 1}
     if not lines:
         return False
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
     axes.set_prop_cycle(color=[mpl.colormaps["tab20"](i) for i in range(20)])
-    for name, rs in lines.items():
+    for types, rs in lines.items():
         contexts, values = [r.settings.context for r in rs], [r.value("kld") or 0.0 for r in rs]
-        axes.errorbar(contexts, values, yerr=[r.error("kld") or 0.0 for r in rs], marker="o", ms=4, lw=1, label=name)
+        axes.errorbar(contexts, values, yerr=[r.error("kld") or 0.0 for r in rs], marker="o", ms=4, lw=1, label=types)
     ticks = sorted({r.settings.context for rs in lines.values() for r in rs})
     axes.set(xlabel="context, tokens", ylabel="mean KL divergence to f16", xscale="log", yscale="log")
     axes.set_xticks(ticks, [str(t) for t in ticks], minor=False)
     axes.minorticks_off()
-    axes.set_title(short_name(first.model), fontsize=10)
+    axes.set_title(name, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)
@@ -295,11 +356,11 @@ def layer_errors(path: Path) -> LayerErrors:
             f"position {study['skip']} of each chunk on"
         )
         return LayerErrors(path, str(meta.get("model", path.stem)), where, kl)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise EvalError(f"{path} is no study that ggml-tq study wrote: {type(e).__name__} {e}") from e
 
 
-def plot_layers(errors: LayerErrors, path: Path) -> None:
+def plot_layers(errors: LayerErrors, name: str, path: Path) -> None:
     """KL of attention over layers, a line a quantizer of keys."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -308,11 +369,11 @@ def plot_layers(errors: LayerErrors, path: Path) -> None:
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
     axes.set_prop_cycle(color=[mpl.colormaps["tab20"](i) for i in range(20)])
-    for name, kl in errors.kl.items():
-        axes.plot(list(kl), list(kl.values()), marker="o", ms=3, lw=1, label=name)
+    for quantizer, kl in errors.kl.items():
+        axes.plot(list(kl), list(kl.values()), marker="o", ms=3, lw=1, label=quantizer)
     axes.set(xlabel="layer", ylabel="KL divergence of attention, nats", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(f"{short_name(errors.model)}, keys quantized", fontsize=10)
+    axes.set_title(f"{name}, keys quantized", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)
@@ -320,13 +381,14 @@ def plot_layers(errors: LayerErrors, path: Path) -> None:
 
 def _layers_section(studies: Sequence[LayerErrors], output: Path) -> str:
     parts = ["## Error a layer\n"]
-    for errors in studies:
-        plot = output.with_name(f"{output.stem}-{short_name(errors.model)}-layers.svg")
-        plot_layers(errors, plot)
-        source = os.path.relpath(errors.source, output.parent)
+    called = names({str(n): errors.model for n, errors in enumerate(studies)})
+    for n, errors in enumerate(studies):
+        plot = output.with_name(f"{output.stem}-{called[str(n)]}-layers.svg")
+        plot_layers(errors, called[str(n)], plot)
+        source = link(errors.source.name, os.path.relpath(errors.source, output.parent))
         parts.append(
-            f"![KL of attention a layer]({plot.name})\n\nCaptured keys of {errors.model}, {errors.where}; `+cal`: "
-            f"centered and scaled as in the cache. [{errors.source.name}]({source}), by `ggml-tq study`.\n"
+            f"!{link('KL of attention a layer', plot.name)}\n\nCaptured keys of {errors.model}, {errors.where}; "
+            f"`+cal`: centered and scaled as in the cache. {source}, by `ggml-tq study`.\n"
         )
     return "\n".join(parts)
 
@@ -338,13 +400,28 @@ def replace_file(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def put_between(file: Path, name: str, text: str) -> None:
-    """Put `text` between the file's ``<!-- name -->`` and ``<!-- /name -->`` lines."""
+def between(file: Path, name: str, text: str) -> str:
+    """The file's text with `text` between its ``<!-- name -->`` and ``<!-- /name -->`` lines."""
     marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    old = file.read_text()
+    try:
+        old = file.read_text(encoding="utf-8")
+    except OSError as e:
+        raise EvalError(f"{file}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise EvalError(f"{file} is not UTF-8") from e
     if not marked.search(old):
         raise EvalError(f"{file} has no <!-- {name} --> … <!-- /{name} --> lines")
-    replace_file(file, marked.sub(lambda m: m[1] + text + m[2], old))
+    return marked.sub(lambda m: m[1] + text + m[2], old)
+
+
+def put_between(file: Path, name: str, text: str) -> None:
+    """Write the file anew with `text` between those lines."""
+    replace_file(file, between(file, name, text))
+
+
+def links(files: Iterable[Path], folder: Path) -> str:
+    """Links from a file in a folder."""
+    return ", ".join(link(p.name, os.path.relpath(p, folder)) for p in files)
 
 
 def write(
@@ -363,16 +440,18 @@ def write(
     if not records:
         raise EvalError("no results")
     all_groups = groups(records)
-    short = compact(records)
+    if readme:
+        all_figures = link(output.name, os.path.relpath(output, readme.parent))
+        new_readme = between(readme, "quality", f"{compact(records)}\nAll figures: {all_figures}.\n")
     of_layers = [layer_errors(path) for path in studies]
     output.parent.mkdir(parents=True, exist_ok=True)
-    links = ", ".join(f"[{p.name}]({os.path.relpath(p, output.parent)})" for p in inputs)
-    parts = [_INTRO.format(inputs=links)]
+    parts = [_INTRO.format(inputs=links(inputs, output.parent))]
+    called = model_names(records)
     by_model: dict[str, list[Group]] = defaultdict(list)
     for group in all_groups:
         by_model[group[0].settings.model_sha256].append(group)
-    for model_groups in by_model.values():
-        name = short_name(model_groups[0][0].settings.model)
+    for model, model_groups in by_model.items():
+        name = called[model]
         taken: set[Path] = set()
         for group in model_groups:
             parts.append(_table(group))
@@ -380,19 +459,17 @@ def write(
             plot = output.with_name(f"{output.stem}-{name}-{s.context}.svg")
             if plot in taken:
                 plot = plot.with_name(f"{plot.stem}-{Path(s.text).stem}-{s.chunks}.svg")
-            if plot_pareto(group, plot):
+            if plot_pareto(group, name, plot):
                 taken.add(plot)
-                parts.append(f"![bits a value and mean KLD]({plot.name})\n")
+                parts.append(f"!{link('bits a value and mean KLD', plot.name)}\n")
         plot = output.with_name(f"{output.stem}-{name}-context.svg")
-        if plot_context(model_groups, plot):
-            parts.append(f"![context length and mean KLD]({plot.name})\n")
+        if plot_context(model_groups, name, plot):
+            parts.append(f"!{link('context length and mean KLD', plot.name)}\n")
     if of_layers:
         parts.append(_layers_section(of_layers, output))
     pictures = sorted(p for p in output.parent.glob("retrieval*") if p.suffix in (".svg", ".png"))
     if pictures:
-        parts.append("## Retrieval\n\n" + "".join(f"![{p.stem}]({p.name})\n" for p in pictures))
+        parts.append("## Retrieval\n\n" + "".join(f"!{link(p.stem, p.name)}\n" for p in pictures))
     replace_file(output, "\n".join(parts))
     if readme:
-        put_between(
-            readme, "quality", f"{short}\nAll figures: [{output.name}]({os.path.relpath(output, readme.parent)}).\n"
-        )
+        replace_file(readme, new_readme)

@@ -10,7 +10,6 @@ tokens is the likeliest after those before it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import http.client
 import itertools
@@ -26,15 +25,15 @@ from pathlib import Path
 
 from ggml_tq.eval import haystack, runs
 from ggml_tq.eval.haystack import Frame, Query, Task, Tokens
-from ggml_tq.eval.perplexity import Part, Printed, Program, environment, printed_cache, reason
+from ggml_tq.eval.perplexity import Printed, Program, environment, printed_cache, reason, start, unchanged
 from ggml_tq.eval.runs import EvalError, Json, JsonLines, Pair
 
-SCHEMA = 1
 PROGRAM = "llama-server"
 DIGITS = 5
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 START_SECONDS = 600  # for loading a model
 REQUEST_SECONDS = 3600  # for reading a haystack
+OWN = ("-c", "-t", "-ctk", "-ctv", "-np", "-lv", "--host", "--port")  # options that are not the user's
 _MARK = "@@question@@"
 _BIAS = 1e4  # more than any two logits differ
 
@@ -78,7 +77,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(runs.Stored):
     """One haystack with one pair of cache types."""
 
     settings: Settings
@@ -96,34 +95,9 @@ class Record:
     def key(self) -> tuple[str, Pair, int]:
         return self.settings.key(), self.pair, self.trial
 
-    def to_json(self) -> Json:
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: Json) -> Record:
-        """Raises EvalError for anything but what `to_json` returns."""
-        try:
-            if data["schema"] != SCHEMA:
-                raise EvalError(f"schema {data['schema']}; this version reads {SCHEMA}")
-            s = data["settings"]
-            return cls(
-                settings=Settings(**{**s, "flags": tuple(s["flags"]), "depths": tuple(s["depths"])}),
-                pair=Pair(**data["pair"]),
-                trial=data["trial"],
-                cache=Printed(**{**data["cache"], "parts": tuple(Part(**p) for p in data["cache"]["parts"])}),
-                tokens=data["tokens"],
-                haystack=data["haystack"],
-                answers=tuple(Answer(**{**a, "logprobs": tuple(a["logprobs"])}) for a in data["answers"]),
-                source=data["source"],
-                date=data["date"],
-                seconds=data["seconds"],
-            )
-        except (KeyError, TypeError) as e:
-            raise EvalError(f"not a record: {e!r}") from e
-
 
 def store(path: Path) -> JsonLines[Record]:
-    return JsonLines(path, Record.from_json)
+    return JsonLines(path, Record)
 
 
 class Client:
@@ -226,20 +200,16 @@ def serve(
 ) -> Iterator[tuple[Client, Printed]]:
     """A server on the loopback interface with one pair of cache types, and the cache that it printed."""
     port = _free_port()
-    args = ["-m", model, "-t", threads, "-ctk", pair.k, "-ctv", pair.v, *flags, "-lv", 4]
+    k, v = pair.types
+    args = ["-m", model, "-t", threads, "-ctk", k, "-ctv", v, *flags, "-lv", 4]
     command = [program.path, "--host", "127.0.0.1", "--port", port, *args]
     with tempfile.TemporaryFile() as log:
 
         def printed() -> str:
             return os.pread(log.fileno(), 1 << 24, 0).decode(errors="replace")
 
-        process = subprocess.Popen(
-            list(map(str, command)),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment() | {"OMP_WAIT_POLICY": "passive"},  # idle threads sleep, for other work shares the cores
-        )
+        # idle threads sleep, for other work shares the cores
+        process = start(command, log, environment() | {"OMP_WAIT_POLICY": "passive"} | pair.environment)
         try:
             client = Client(port)
             deadline = time.monotonic() + START_SECONDS
@@ -304,14 +274,14 @@ class Session:
     def jobs(self, plan: Plan) -> list[Job]:
         """All of a plan: by length, then pair, then task. Raises EvalError where a plan makes no sense."""
         for file in (plan.model, plan.text):
-            if not file.is_file():
-                raise EvalError(f"{file} is missing")
-        if plan.trials < 1:
-            raise EvalError("want at least one trial")
+            runs.check_file(file)
+        if plan.trials < 1 or self.threads < 1:
+            raise EvalError("want at least one trial and one thread")
         if not plan.depths or not all(0 <= d <= 1 for d in plan.depths) or len(set(plan.depths)) < len(plan.depths):
             raise EvalError("depths are different numbers from 0 to 1")
         if not 2 <= plan.digits <= 12:
             raise EvalError("want 2 to 12 digits")
+        self.program.check_flags(plan.flags, OWN)
         for pair in plan.pairs:  # an unknown type is to stop us now, not after hours
             self.program.check(pair, plan.flags)
         shared: Json = {
@@ -338,24 +308,26 @@ class Session:
 
     def run(self, plan: Plan, jobs: Sequence[Job]) -> None:
         """Do what is not recorded yet; each record is on disk before the next haystack is read."""
-        done = {r.key for r in self.records.read()[0]}
-        pool = haystack.sentences(plan.text.read_text(encoding="utf-8", errors="replace"))
-        missing = [j for j in jobs if j.key not in done]
-        for (flags, pair), group in itertools.groupby(missing, lambda j: (j.settings.flags, j.pair)):
-            if self.program.sha256() != jobs[0].settings.binary_sha256:
-                raise EvalError(f"{PROGRAM} was built again meanwhile")
-            with serve(self.program, plan.model, pair, self.threads, flags) as (client, cache):
-                frame = client.frame()
-                for job in group:
-                    self._run(job, client, cache, frame, pool)
+        with self.records.session():
+            done = {r.key for r in self.records.read()[0]}
+            pool = haystack.sentences(plan.text.read_text(encoding="utf-8", errors="replace"))
+            missing = [j for j in jobs if j.key not in done]
+            for (flags, pair), group in itertools.groupby(missing, lambda j: (j.settings.flags, j.pair)):
+                with serve(self.program, plan.model, pair, self.threads, flags) as (client, cache):
+                    frame = client.frame()
+                    for job in group:
+                        with unchanged(job.settings, self.program, plan.model, plan.text):
+                            record = self._read(job, client, cache, frame, pool)
+                        self.records.append(record)
+                        self.on_record(record)
 
-    def _run(self, job: Job, client: Client, cache: Printed, frame: Frame, pool: Sequence[str]) -> None:
+    def _read(self, job: Job, client: Client, cache: Printed, frame: Frame, pool: Sequence[str]) -> Record:
         s = job.settings
         start = time.monotonic()
         seed = f"{s.seed}/{s.task}/{s.length}/{job.trial}"
         hay = haystack.build(s.task, s.length, s.depths, seed, pool, frame, client.tokenize, s.digits)
         client.read(hay.prefix)
-        record = Record(
+        return Record(
             settings=s,
             pair=job.pair,
             trial=job.trial,
@@ -367,5 +339,3 @@ class Session:
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - start, 1),
         )
-        self.records.append(record)
-        self.on_record(record)

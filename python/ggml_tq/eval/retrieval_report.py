@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggml_tq.eval.report import replace_file, save_figure, short_name
+from ggml_tq.eval.report import link, links, model_names, replace_file, save_figure
 from ggml_tq.eval.retrieval import Answer, Record
 from ggml_tq.eval.runs import EvalError, check_comparable
 
@@ -69,8 +68,8 @@ class Row:
 
     @property
     def label(self) -> str:
-        cache = next(iter(self.records.values())).cache
-        return f"{cache.k} / {cache.v}"
+        first = next(iter(self.records.values()))
+        return " / ".join(first.pair.names(first.cache.k, first.cache.v))
 
     @property
     def mib(self) -> float:
@@ -115,7 +114,7 @@ class Row:
 class Group:
     """All that is recorded of one model and task."""
 
-    model: str
+    model: str  # a name
     task: str
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
@@ -142,7 +141,8 @@ def groups(records: Iterable[Record]) -> list[Group]:
     for same in by_length.values():
         check_comparable(same)
     result = []
-    for (_, task), pairs in by_task.items():
+    called = model_names(r for same in by_length.values() for r in same)
+    for (model, task), pairs in by_task.items():
         first = next(iter(next(iter(pairs.values())).values())).settings
         if "f16" not in pairs:
             raise EvalError(f"{first.model}, {task}: there is no f16 to compare with")
@@ -152,7 +152,7 @@ def groups(records: Iterable[Record]) -> list[Group]:
                 raise EvalError(f"{first.model}, {task}, {row.label}: f16 was not measured on all its haystacks")
         lengths = sorted({r.settings.length for row in rows for r in row.records.values()})
         rows.sort(key=lambda row: (-row.mib, row.label))
-        result.append(Group(first.model, task, tuple(lengths), first.depths, rows))
+        result.append(Group(called[model], task, tuple(lengths), first.depths, rows))
     return sorted(result, key=lambda g: (g.model.lower(), g.task != "niah"))
 
 
@@ -172,7 +172,7 @@ def table(group: Group) -> str:
     haystacks = ", ".join(f"{count} haystacks of {n} tokens" for count, n in zip(counts, group.lengths, strict=True))
     by_length = group.lengths if len(group.lengths) > 1 else ()
     lines = [
-        f"## {short_name(group.model)}: {group.task}",
+        f"## {group.model}: {group.task}",
         "",
         f"{haystacks}, {len(group.depths)} questions each, {s.digits} digits, seed {s.seed}"
         f"{f', from {s.text} (sha256 {s.text_sha256[:8]})' if s.task == 'niah' else ''}. {where}, {s.threads} threads, "
@@ -254,7 +254,7 @@ def plot(tasks: Sequence[Group], path: Path) -> None:
             axes[2 * t + relative][0].set_ylabel(
                 f"{group.task}\n{'log p vs f16' if relative else 'right, %'}", fontsize=7
             )
-    figure.suptitle(f"{short_name(tasks[0].model)}: depth of the fact, and tokens of the haystack", fontsize=9)
+    figure.suptitle(f"{tasks[0].model}: depth of the fact, and tokens of the haystack", fontsize=9)
     save_figure(figure, path)
 
 
@@ -267,11 +267,10 @@ def write(records: Iterable[Record], output: Path, inputs: Sequence[Path]) -> No
     for group in groups(records):
         by_model[group.model].append(group)
     depths = sorted({d for tasks in by_model.values() for group in tasks for d in group.depths})
-    links = ", ".join(f"[{p.name}]({os.path.relpath(p, output.parent)})" for p in inputs)
-    parts = [_INTRO.format(inputs=links, depths=f"{len(depths)} depths")]
+    parts = [_INTRO.format(inputs=links(inputs, output.parent), depths=f"{len(depths)} depths")]
     output.parent.mkdir(parents=True, exist_ok=True)
     for model, tasks in by_model.items():
-        picture = output.with_name(f"{output.stem}-{short_name(model)}.svg")
+        picture = output.with_name(f"{output.stem}-{model}.svg")
         plot(tasks, picture)
-        parts += [f"![heat maps of {short_name(model)}]({picture.name})\n", *map(table, tasks)]
+        parts += [f"!{link(f'heat maps of {model}', picture.name)}\n", *map(table, tasks)]
     replace_file(output, "\n".join(parts))

@@ -7,20 +7,24 @@ settings are equal. The cache types and the path are what a comparison varies.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, BinaryIO, Generic, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
+FigureName = Literal["ppl", "ppl_f16", "ppl_ratio", "kld", "kld_median", "kld_99", "kld_99.9", "kld_max", "same_top"]
 REPO = Path(__file__).resolve().parents[3]
 LABELS = frozenset({"model", "text"})  # names of files; their hashes are what counts
 
@@ -36,22 +40,47 @@ class EvalError(Exception):
     """An evaluation that cannot be done or trusted; the message is one line for the user."""
 
 
-@functools.lru_cache(maxsize=64)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+_HASHES: dict[tuple[int, ...], str] = {}  # by device, inode, size and time
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex; read again only if its size or time has changed."""
+    """SHA-256 of a file, in hex; read again only if it is another file, or its size or time has changed."""
     try:
         stat = path.stat()
-        return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if key not in _HASHES:
+            digest = hashlib.sha256()
+            with path.open("rb") as f:
+                while block := f.read(1 << 22):
+                    digest.update(block)
+            _HASHES[key] = digest.hexdigest()
+        return _HASHES[key]
     except OSError as e:
         raise EvalError(f"{path}: {e.strerror}") from e
+
+
+def check_file(path: Path) -> None:
+    """Raise EvalError unless this is a file."""
+    if not path.is_file():
+        raise EvalError(f"{path} is {'no file' if path.exists() else 'missing'}")
+
+
+def lock(path: Path, how: int) -> BinaryIO:
+    """Open a file, which is made if it is not there, with a lock of fcntl.flock on it.
+
+    Whoever has it exclusively may delete it: a lock counts only on the file that has the name. With LOCK_NB raises
+    BlockingIOError where another has it.
+    """
+    while True:
+        f = path.open("a+b")
+        try:
+            fcntl.flock(f, how)
+            if path.exists() and os.path.samestat(os.fstat(f.fileno()), path.stat()):
+                return f
+        except BaseException:
+            f.close()
+            raise
+        f.close()
 
 
 @dataclass(frozen=True)
@@ -84,6 +113,11 @@ class Pair:
         """What the programs need in theirs."""
         return {"LLAMA_ATTN_ROT_DISABLE": "1"} if self.k.endswith(NO_ROTATION) else {}
 
+    def names(self, k: str, v: str) -> tuple[str, str]:
+        """These effective types, and whether upstream's rotation was off."""
+        off = NO_ROTATION if self.environment else ""
+        return k + off, v + off
+
     def __str__(self) -> str:
         return self.k if self.k == self.v else f"{self.k}/{self.v}"
 
@@ -97,6 +131,64 @@ def whole_numbers(text: str, what: str, least: int = 0) -> tuple[int, ...]:
     if numbers[0] < least:
         raise EvalError(f"'{text}' are no {what}: want {least} or more")
     return tuple(numbers)
+
+
+def split_flags(text: str) -> tuple[str, ...]:
+    """Options of a program as a shell splits them."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as e:
+        raise EvalError(f"--flags '{text}': {e}") from e
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Base of what a JSON-lines file keeps."""
+
+    def to_json(self) -> Json:
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+
+T = TypeVar("T")
+_hints = functools.cache(get_type_hints)
+
+
+def from_json(cls: type[T], data: Json) -> T:
+    """A dataclass from what `dataclasses.asdict` and JSON made of it, and a schema. Raises EvalError for all else."""
+    try:
+        data = dict(data)
+        if data["schema"] != SCHEMA:
+            raise EvalError(f"schema {data['schema']}; this version reads {SCHEMA}")
+        del data["schema"]
+        found: T = _typed(cls, data)
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise EvalError(f"not a record: {e!r}") from e
+
+
+def _typed(wanted: Any, data: Any) -> Any:  # noqa: ANN401
+    """JSON data as a type: dataclass, tuple, dict (of a Literal's names: all of them), optional or plain value."""
+    args, origin = get_args(wanted), get_origin(wanted)
+    if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
+        hints = _hints(wanted)
+        if hints.keys() != data.keys():
+            raise ValueError(f"{sorted(hints.keys() ^ data.keys())} of {getattr(wanted, '__name__', '')}")
+        return cast(Any, wanted)(**{name: _typed(hint, data[name]) for name, hint in hints.items()})
+    if origin is tuple:
+        types = itertools.repeat(args[0], len(data)) if args[1:] == (...,) else args
+        return tuple(_typed(t, x) for t, x in zip(types, data, strict=True))
+    if origin is dict:
+        if get_origin(args[0]) is Literal and data.keys() != set(get_args(args[0])):
+            raise ValueError(f"{sorted(data.keys() ^ set(get_args(args[0])))}")
+        return {key: _typed(args[1], x) for key, x in data.items()}
+    if origin is Literal:
+        if data not in args:
+            raise ValueError(f"'{data}'")
+        return data
+    kinds = args or (wanted,)  # of a union or by itself
+    if wanted is not Any and not isinstance(data, (*kinds, int) if float in kinds else kinds):
+        raise TypeError(f"{data!r} for {wanted}")
+    return data
 
 
 @dataclass(frozen=True)
@@ -150,14 +242,14 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Stored):
     """One result."""
 
     settings: Settings
     pair: Pair
     path: PathKind
     cache: Cache
-    figures: dict[str, Figure]  # perplexity.FIGURES
+    figures: dict[FigureName, Figure]
     chunk_kld: tuple[float, ...]  # mean KLD of each chunk
     source: Json  # upstream pin, commit, build
     date: str  # UTC, ISO 8601
@@ -169,48 +261,16 @@ class Record:
 
     @property
     def names(self) -> tuple[str, str]:
-        """The effective types of keys and values, and whether upstream's rotation was off."""
-        off = NO_ROTATION if self.pair.environment else ""
-        return self.cache.k + off, self.cache.v + off
+        return self.pair.names(self.cache.k, self.cache.v)
 
-    def value(self, name: str) -> float | None:
+    def value(self, name: FigureName) -> float | None:
         return self.figures[name][0]
 
-    def error(self, name: str) -> float | None:
+    def error(self, name: FigureName) -> float | None:
         return self.figures[name][1]
 
-    def to_json(self) -> Json:
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
-    @classmethod
-    def from_json(cls, data: Json) -> Record:
-        """Raises EvalError for anything but what `to_json` returns."""
-        try:
-            if data["schema"] != SCHEMA:
-                raise EvalError(f"schema {data['schema']}; this version reads {SCHEMA}")
-            settings = data["settings"]
-            if data["path"] not in PATHS:
-                raise EvalError(f"path '{data['path']}'")
-            return cls(
-                settings=Settings(**{**settings, "flags": tuple(settings["flags"])}),
-                pair=Pair(**data["pair"]),
-                path=data["path"],
-                cache=Cache(**data["cache"]),
-                figures={name: (f[0], f[1]) for name, f in data["figures"].items()},
-                chunk_kld=tuple(data["chunk_kld"]),
-                source=data["source"],
-                date=data["date"],
-                seconds=data["seconds"],
-            )
-        except (KeyError, TypeError, IndexError, AttributeError) as e:
-            raise EvalError(f"not a record: {e!r}") from e
-
-
-class Storable(Protocol):
-    def to_json(self) -> Json: ...
-
-
-R = TypeVar("R", bound=Storable)
+R = TypeVar("R", bound=Stored)
 
 
 class JsonLines(Generic[R]):
@@ -220,8 +280,9 @@ class JsonLines(Generic[R]):
     leaves whole lines and at most one half-written last line. That one is not read, and the next append removes it.
     """
 
-    def __init__(self, path: Path, parse: Callable[[Json], R]) -> None:
-        self.path, self.parse = path, parse
+    def __init__(self, path: Path, cls: type[R]) -> None:
+        self.path, self.cls = path, cls
+        self._held = False  # while a session lasts
 
     def read(self) -> tuple[list[R], str | None]:
         """All records, and the half-written last line if there is one. Raises EvalError where a line is damaged."""
@@ -235,34 +296,77 @@ class JsonLines(Generic[R]):
         records = []
         for number, line in enumerate(lines, 1):
             try:
-                records.append(self.parse(json.loads(line)))
-            except (ValueError, EvalError) as e:
+                records.append(self._parse(line))
+            except EvalError as e:
                 raise EvalError(f"{self.path}, line {number}: {e}") from e
-        return records, tail.decode(errors="replace") or None
+        try:  # only its newline may be missing
+            return [*records, self._parse(tail)], None
+        except EvalError:
+            return records, tail.decode(errors="replace") or None
+
+    def _parse(self, line: bytes) -> R:
+        try:
+            return from_json(self.cls, json.loads(line))
+        except (ValueError, RecursionError) as e:
+            raise EvalError(str(e)) from e
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Keep the file for this process: what it holds stays true, and it can be written.
+
+        Raises EvalError, before any work is done, where another process has it or it cannot be written. The lock is
+        a file beside it with the process' number.
+        """
+        place = self.path.with_name(self.path.name + ".lock")
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                held = stack.enter_context(lock(place, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                stack.callback(place.unlink, missing_ok=True)
+                held.truncate(0)
+                held.write(str(os.getpid()).encode())
+                held.flush()
+                self.path.open("ab").close()
+            except BlockingIOError as e:
+                who = place.read_text() if place.exists() else "?"
+                raise EvalError(f"{self.path}: process {who} is adding to it") from e
+            except OSError as e:
+                raise EvalError(f"{self.path}: {e.strerror}") from e
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
+                if self.path.exists() and not self.path.stat().st_size:
+                    self.path.unlink()
 
     def append(self, record: R) -> None:
         """Add one record; it is on disk when this returns."""
         line = json.dumps(record.to_json(), allow_nan=False).encode() + b"\n"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            created = not self.path.exists()
-            with self.path.open("a+b") as f:
-                fcntl.flock(f, fcntl.LOCK_EX)
-                f.truncate(_whole(f.fileno()))
-                f.write(line)
-                f.flush()
-                os.fsync(f.fileno())
-            if created:
-                _sync_directory(self.path.parent)
-        except OSError as e:
-            raise EvalError(f"{self.path}: {e.strerror}") from e
+        with contextlib.nullcontext() if self._held else self.session():
+            try:
+                with self.path.open("a+b") as f:
+                    whole = _whole(f.fileno())
+                    f.seek(whole)
+                    try:  # as in read
+                        self._parse(f.read())
+                        line = b"\n" + line
+                    except EvalError:
+                        f.truncate(whole)
+                    f.write(line)
+                    f.flush()
+                    os.fsync(f.fileno())
+                if not whole:
+                    _sync_directory(self.path.parent)
+            except OSError as e:
+                raise EvalError(f"{self.path}: {e.strerror}") from e
 
 
 class Store(JsonLines[Record]):
     """The results of perplexities."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, Record.from_json)
+        super().__init__(path, Record)
 
 
 def _whole(fd: int) -> int:
@@ -295,13 +399,20 @@ def check_comparable(records: Iterable[Measured]) -> None:
     records = list(records)
     if not records:
         raise EvalError("no results")
-    first = records[0].settings.identity()
-    for record in records[1:]:
-        other = record.settings.identity()
-        differing = [name for name in first if first[name] != other[name]]
-        if differing:
-            what = ", ".join(f"{name} ({short(first[name])} / {short(other[name])})" for name in differing)
-            raise EvalError(f"results of different settings cannot be compared: {what}")
+    unlike = differences(records)
+    if unlike:
+        raise EvalError(f"results of different settings cannot be compared: {', '.join(unlike)}")
+
+
+def differences(records: Sequence[Measured], ignored: Collection[str] = ()) -> list[str]:
+    """What settings differ, and how."""
+    all_settings = [r.settings.identity() for r in records]
+    found = []
+    for name in all_settings[0].keys() - set(ignored):
+        values = list({str(s[name]): short(s[name]) for s in all_settings}.values())
+        if len(values) > 1:
+            found.append(f"{name} ({' / '.join(values)})")
+    return sorted(found)
 
 
 def short(value: object) -> str:
