@@ -80,21 +80,28 @@ def speed(args: argparse.Namespace, model: Path) -> str:
 
 def parity(args: argparse.Namespace, model: Path, pair: runs.Pair) -> str:
     program = perplexity.Program(args.bin)
-    chunks = max(1, args.tokens // args.context)
-    sizes = {"context": args.context, "chunks": chunks, "threads": args.threads}
-    cpu = perplexity.options(args.context, "-ngl", "0", "-dev", "none")
-    gpu = perplexity.options(args.context, *args.flags.split())
-    with tempfile.TemporaryDirectory(dir=args.scratch.parent) as folder:
-        logits = Path(folder) / "logits"
+    bases = perplexity.BaseCache(args.scratch, lambda text: print(text, flush=True))
+    session = matrix.Session(program, runs.Store(args.output), bases, args.threads, {})
+    plan = matrix.Plan(model, args.text, (pair,), (args.context,), runs.PATHS, args.tokens, tuple(args.flags.split()))
+    gpu = session.settings(plan, args.context)
+    sizes = {"context": gpu.context, "chunks": gpu.chunks, "threads": gpu.threads}
+    f16 = bases.get(program, gpu, model, args.text)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+        cpu = perplexity.compute_base(
+            program,
+            model,
+            args.text,
+            Path(folder) / "logits",
+            flags=perplexity.options(args.context, "-ngl", "0", "-dev", "none"),
+            pair=pair,
+            **sizes,
+        )
 
         def kld(base: perplexity.Base, path: runs.PathKind) -> runs.Figure:
-            return perplexity.compare(program, model, base, pair, path, flags=gpu, **sizes)[1]["kld"]
+            return perplexity.compare(program, model, base, pair, path, flags=gpu.flags, **sizes)[1]["kld"]
 
-        base = perplexity.compute_base(program, model, args.text, logits, flags=cpu, pair=pair, **sizes)
-        record = {"batched": kld(base, "batched"), "decode": kld(base, "decode")}
-        base = perplexity.compute_base(program, model, args.text, logits, flags=gpu, **sizes)
-        record["from_f16"] = kld(base, "batched")
-    where = {"model": model.name, "text": args.text.name, "cpu": runs.cpu(), "gpu": program.devices(), **sizes}
+        record = {"batched": kld(cpu, "batched"), "decode": kld(cpu, "decode"), "from_f16": kld(f16, "batched")}
+    where = {"model": gpu.model, "text": gpu.text, "cpu": gpu.cpu, "gpu": gpu.gpu, **sizes}
     with args.output.open("a") as file:
         file.write(json.dumps({**where, "pair": str(pair), **record}) + "\n")
     return f"GPU from CPU {record['batched']}, one at a time {record['decode']}; from f16 {record['from_f16']}"

@@ -167,13 +167,10 @@ int main(int argc, char ** argv) {
     if (types.empty()) {
         types = { "f16", "q8_0", "q4_0", "tq4_tcq", "tq3_tcq", "tq2_tcq", "tq4_mse", "tq3_mse", "tq2_mse", "tq4_qjl/tq4_mse", "tq3_qjl/tq3_mse" };
     }
-    ggml_backend_load_all();
-    ggml_backend_dev_t dev = ggml_backend_dev_by_name(device.c_str());
+    ggml_backend_dev_t dev = open_device(device);
     if (!dev) {
-        fprintf(stderr, "no device %s\n", device.c_str());
         return 1;
     }
-    backend = ggml_backend_dev_init(dev, nullptr);
     const double bandwidth = copy_bandwidth();
     printf("{\"device\": \"%s\", \"copy_gb_s\": %.1f}\n", ggml_backend_dev_description(dev), bandwidth/1e9);
     for (const std::string & shape_name : split(shapes, ',')) {

@@ -112,13 +112,10 @@ int main(int argc, char ** argv) {
         fprintf(stderr, "KV_HEADS/HEAD_DIM: %s\n", shape.c_str());
         return 1;
     }
-    ggml_backend_load_all();
-    ggml_backend_dev_t dev = ggml_backend_dev_by_name(device.c_str());
+    ggml_backend_dev_t dev = open_device(device);
     if (!dev) {
-        fprintf(stderr, "no device %s\n", device.c_str());
         return 1;
     }
-    backend = ggml_backend_dev_init(dev, nullptr);
     printf("{\"device\": \"%s\"}\n", ggml_backend_dev_description(dev));
     for (const int64_t n : tokens) {
         for (const std::string & name : types) {

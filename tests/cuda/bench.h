@@ -9,12 +9,25 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
 static ggml_backend_t backend;
 static int repetitions = 5;
+
+// the device of that name, with a backend; nullptr, and said, if there is none
+static ggml_backend_dev_t open_device(const std::string & name) {
+    ggml_backend_load_all();
+    ggml_backend_dev_t dev = ggml_backend_dev_by_name(name.c_str());
+    if (!dev) {
+        fprintf(stderr, "no device %s\n", name.c_str());
+        return nullptr;
+    }
+    backend = ggml_backend_dev_init(dev, nullptr);
+    return dev;
+}
 
 static double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
