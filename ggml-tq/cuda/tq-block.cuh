@@ -124,30 +124,6 @@ static __device__ __forceinline__ int tq_register(uint64_t coded_reversed, int i
     return (int) ((coded_reversed >> shift | coded_reversed << 1 << (63 - shift)) & 63);
 }
 
-// block is 2-byte aligned
-template <tq_kind kind, int bits>
-static __device__ __forceinline__ float2 tq_decode_block(const tq_codec & c, const float * table, const uint16_t * block, int lane) {
-    constexpr int code_bits = kind == TQ_KIND_MSE ? bits : bits - 1;
-    int x = 0;
-    int y = 0;
-#pragma unroll
-    for (int p = 0; p < code_bits; ++p) {
-        x |= tq_plane_bit(block, p, lane)      << p;
-        y |= tq_plane_bit(block, p, lane + 32) << p;
-    }
-    if (kind == TQ_KIND_TCQ) {
-        const uint16_t * plane = block + 1 + 4*code_bits;
-        const uint64_t   coded = __brevll((uint64_t) plane[0] | (uint64_t) plane[1] << 16 | (uint64_t) plane[2] << 32 | (uint64_t) plane[3] << 48);
-        x |= tq_label<bits>(tq_register(coded, lane))      << code_bits;
-        y |= tq_label<bits>(tq_register(coded, lane + 32)) << code_bits;
-    }
-    float2 v = tq_look_up(table, x, y);
-    if (kind == TQ_KIND_QJL) {
-        v = tq_add_sketch(c, v, tq_plane_bit(block, code_bits, lane), tq_plane_bit(block, code_bits, lane + 32), lane);
-    }
-    return tq_rht_inverse(tq_scale(v, tq_half_to_float(block[0])), c.rotation, lane);
-}
-
 //
 // section 4
 //

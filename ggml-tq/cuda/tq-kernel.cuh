@@ -37,6 +37,14 @@ struct tq_place {
     const int32_t * row;       // of the packed side; nullptr: i1
 };
 
+// where the row of the packed side is said; nullptr: i1
+static __device__ __forceinline__ const int32_t * tq_index(const tq_rows & r, int i1, int i2, int i3) {
+    if (!r.index) {
+        return nullptr;
+    }
+    return (const int32_t *) (r.index + i1*r.index_nb[0] + fastmodulo(i2, r.index_ne[0])*r.index_nb[1] + fastmodulo(i3, r.index_ne[1])*r.index_nb[2]);
+}
+
 static __device__ __forceinline__ tq_place tq_find(const tq_rows & r, int i) {
     const uint2 by_n   = fast_div_modulo(i,        r.n);
     const uint2 by_ne1 = fast_div_modulo(by_n.x,   r.ne1);
@@ -47,8 +55,7 @@ static __device__ __forceinline__ tq_place tq_find(const tq_rows & r, int i) {
     p.i2 = by_ne2.y;
     p.i3 = by_ne2.x;
     p.floats = p.i1*r.floats_nb[0] + p.i2*r.floats_nb[1] + p.i3*r.floats_nb[2];
-    const char * row = r.index + p.i1*r.index_nb[0] + fastmodulo(p.i2, r.index_ne[0])*r.index_nb[1] + fastmodulo(p.i3, r.index_ne[1])*r.index_nb[2];
-    p.row = r.index ? (const int32_t *) row : nullptr;
+    p.row = tq_index(r, p.i1, p.i2, p.i3);
     return p;
 }
 

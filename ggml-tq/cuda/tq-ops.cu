@@ -58,6 +58,12 @@ static tq_rows rows_of(int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3, size_
     return r;
 }
 
+static tq_rows rows_of_blocks(ggml_type type, int64_t n, size_t size) { // n floats, contiguous as the blocks are
+    const int64_t n_blocks = n/TQ_BLOCK_SIZE;
+    const size_t  nb       = ggml_type_size(type);
+    return rows_of(TQ_BLOCK_SIZE, n_blocks, 1, 1, nb, n_blocks*nb, n_blocks*nb, size);
+}
+
 static tq_rows rows_of(const ggml_tensor * packed, const ggml_tensor * floats) { // rows in the order of floats
     tq_rows r = rows_of(floats->ne[0], floats->ne[1], floats->ne[2], floats->ne[3], packed->nb[1], packed->nb[2], packed->nb[3], 0);
     for (int d = 0; d < 3; ++d) {
@@ -82,8 +88,7 @@ static void set_index(tq_rows & r, const ggml_tensor * index) {
 
 template <typename T, ggml_type type>
 static void convert(const void * x, T * y, int64_t k, cudaStream_t stream) {
-    const size_t nb = ggml_row_size(type, k);
-    tq_cuda_decode(type, x, y, rows_of(k, 1, 1, 1, nb, nb, nb, sizeof(T)), {}, stream);
+    tq_cuda_decode(type, x, y, rows_of_blocks(type, k, sizeof(T)), {}, stream);
 }
 
 // s01..s03 in blocks
@@ -201,9 +206,8 @@ void ggml_tq_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, 
     tq_rows rows;
     if (ggml_are_same_shape(src, dst)) {
         rows = rows_of(packed, floats);
-    } else { // contiguous: one row
-        const size_t nb = ggml_nbytes(packed);
-        rows = rows_of(ggml_nelements(packed), 1, 1, 1, nb, nb, nb, sizeof(float));
+    } else {
+        rows = rows_of_blocks(packed->type, ggml_nelements(packed), sizeof(float));
     }
     if (encode) {
         const tq_encode_job job = { (const char *) floats->data, (char *) packed->data, packed->type, rows, {} };

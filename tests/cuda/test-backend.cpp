@@ -430,7 +430,7 @@ static void test_attention(const attn_case & c, std::mt19937_64 & rng) {
     for (float & x : v) { x = c.v_scale*normal(rng); }
     const std::vector<uint8_t> kp = pack(c.type_k, k, c.d_k);
     const std::vector<uint8_t> vp = pack(c.type_v, v, c.d_v);
-    const centers m(c.d_k, c.n_head_kv, (int32_t) c.d_k/2, 1, rng);
+    const centers m(c.d_k, c.n_head_kv, (int32_t) (c.n_kv % 2 ? c.d_k : c.d_k/2), c.n_kv % 3 != 0, rng); // both kinds of RoPE
     std::vector<int32_t> pos = make_positions(c.n_kv*c.n_stream, rng);
     for (int64_t i = 0; c.in_order && i < c.n_kv*c.n_stream; ++i) {
         pos[i] = i % c.n_kv == 77 ? 5 : (int32_t) (i % c.n_kv + 65300*(i/c.n_kv)); // one is out of order
@@ -528,6 +528,10 @@ static void test_attentions(const std::vector<ggml_type> & types, std::mt19937_6
             test_attention({ type, GGML_TYPE_F16,  128, 128, 8, 2, 512, 1,  1, centered }, rng);
             test_attention({ type, type,           128, 128, 6, 2, 256, 33, 2, centered }, rng);
             test_attention({ type, GGML_TYPE_Q8_0, 256, 256, 4, 1, 300, 5,  1, centered }, rng);
+            // many queries: rows are decoded
+            test_attention({ type, type,           64,  64,  5, 5, 701, 40, 1, centered }, rng);
+            test_attention({ type, type,           128, 128, 20, 20, 303, 33, 2, centered, true }, rng);
+            test_attention({ type, type,           256, 256, 10, 5, 261, 35, 1, centered }, rng);
         }
         test_attention({ GGML_TYPE_F16, type, 128, 128, 8, 2, 512, 7, 1, false }, rng);
     }
@@ -573,6 +577,8 @@ static void test_few(ggml_type type, std::mt19937_64 & rng) {
     test_attention({ type, type, 128, 128, 8, 1,  300, 2, 1, true,  true }, rng);
     test_attention({ type, type,  64,  64, 3, 1,  300, 1, 1, true,  true }, rng);
     test_attention({ type, type, 256, 256, 2, 1,  300, 1, 1, false, true }, rng);
+    test_attention({ type, type, 128, 128, 4, 2,  303, 33, 2, true, true }, rng);
+    test_attention({ type, type,  64,  64, 3, 3,  300, 33, 1, false }, rng);
 }
 
 // usage: test-backend [DEVICE [PART OF A TYPE'S NAME [few]]]

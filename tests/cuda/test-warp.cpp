@@ -4,7 +4,7 @@
 
 #include "warp.h"
 
-#include "tq-fragment.cuh"
+#include "tq-quarter.cuh"
 #include "tq-trellis.cuh"
 
 #include <cinttypes>
@@ -65,11 +65,20 @@ template <int bits> static void encode_many(const tq_codec & codec, const float 
     }
 }
 
-template <tq_kind kind, int bits> static void decode(const tq_codec & codec, const uint16_t * block, float * x) {
+// beside another block; i chooses the place and the lanes
+template <tq_kind kind, int bits> static void decode(const tq_codec & codec, const uint16_t * block, const uint16_t * other, int i, float * x) {
     warp::run([&](int lane) {
-        const float2 v = tq_decode_block<kind, bits>(codec, codec.table, block, lane);
-        x[lane]      = v.x;
-        x[lane + 32] = v.y;
+        const uint16_t * blocks[2] = { i/4%2 ? other : block, i/4%2 ? block : other };
+        float factors[16];
+        tq_factors_of_quarter(codec.rotation, lane, factors);
+        const tq_words words = tq_load_quarters<kind, bits>(blocks[0], blocks[1], lane);
+        float v[16];
+        tq_decode_quarter<kind>(codec, codec.table, factors, words, i/4%2, block[0], lane, v);
+        if (lane/4 == i%8) {
+            for (int c = 0; c < 16; ++c) {
+                x[tq_first_of_quarter(lane) + (c < 8 ? c : c + 24)] = v[c];
+            }
+        }
     });
 }
 
@@ -200,7 +209,7 @@ template <tq_kind kind, int bits> static int test(tq_type type, int n_blocks) {
         float want_x[64];
         float got_x [64];
         tq_decode(params, type, want, want_x, 64);
-        decode<kind, bits>(codec, want, got_x);
+        decode<kind, bits>(codec, want, got, i, got_x);
         for (int j = 0; j < 64; ++j) {
             if (memcmp(&want_x[j], &got_x[j], sizeof(float)) != 0 && !(std::isnan(want_x[j]) && std::isnan(got_x[j]))) {
                 printf("%s: block %d: coordinate %d decoded to %a, want %a\n", tq_get_type_info(type)->name, i, j, got_x[j], want_x[j]);
