@@ -10,18 +10,23 @@ struct tq_encode_args {
     int           n_first; // CUDA blocks of job[0]
 };
 
-// A lane's coordinates.
+// A lane's coordinates. The next kernel may start when all earlier ones are done: then it prepares itself while rows are
+// encoded. If it could before, a step of a model would take longer, not shorter.
 static __device__ __forceinline__ float2 tq_load(const tq_encode_job & job, const tq_place & at, int lane) {
     const float * x = (const float *) (job.src + at.floats) + at.ib*64 + lane;
     if (!job.center.pos) {
+        ggml_cuda_pdl_sync();
+        ggml_cuda_pdl_lc();
         return make_float2(x[0], x[32]);
     }
-    const tq_key_center & center = job.center;
+    const tq_key_center & center = job.center; // inputs of the graph
     const int p    = center.pos[at.i1];
     const int head = at.ib*64/center.head_dim;
     const int i    = at.ib*64 - head*center.head_dim + lane;
     const float2 m = make_float2(tq_center_at   (center, head, i, p), tq_center_at   (center, head, i + 32, p));
     const float2 s = make_float2(tq_center_scale(center, head, i, 1), tq_center_scale(center, head, i + 32, 1));
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
     return make_float2(__fmul_rn(x[0] - m.x, s.x), __fmul_rn(x[32] - m.y, s.y));
 }
 
@@ -189,13 +194,11 @@ void tq_cuda_encode(const tq_encode_job * jobs, int n_jobs, cudaStream_t stream)
         return;
     }
     GGML_ASSERT(n <= INT_MAX);
-    // Not as programmatic launches: the op alone would take less, but a step of a model took 10 us a layer more.
     if (many) {
-        tq_encode_many_tcq<<<(int) n, TQ_SEARCH_THREADS, shared, stream>>>(args);
+        ggml_cuda_kernel_launch(tq_encode_many_tcq, ggml_cuda_kernel_launch_params((int) n, TQ_SEARCH_THREADS, shared, stream), args);
     } else if (tcq) {
-        tq_encode_rows_tcq<<<(int) n, 32*TQ_N_MULTIPLES, shared, stream>>>(args);
+        ggml_cuda_kernel_launch(tq_encode_rows_tcq, ggml_cuda_kernel_launch_params((int) n, 32*TQ_N_MULTIPLES, shared, stream), args);
     } else {
-        tq_encode_rows<<<(int) n, 32*TQ_ENCODE_WARPS, 0, stream>>>(args);
+        ggml_cuda_kernel_launch(tq_encode_rows, ggml_cuda_kernel_launch_params((int) n, 32*TQ_ENCODE_WARPS, 0, stream), args);
     }
-    CUDA_CHECK(cudaGetLastError());
 }

@@ -47,14 +47,13 @@ struct run {
         return input(t, [data](ggml_tensor * t) { ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t)); });
     }
 
-    bool compute(ggml_tensor * op, ggml_tensor * next = nullptr) {
-        if (!ggml_backend_supports_op(backend, op) || (next && !ggml_backend_supports_op(backend, next))) {
-            return false;
-        }
-        graph = ggml_new_graph_custom(ctx.get(), 16, false);
-        ggml_build_forward_expand(graph, op);
-        if (next) {
-            ggml_build_forward_expand(graph, next);
+    bool compute(const std::vector<ggml_tensor *> & ops) { // in this order
+        graph = ggml_new_graph_custom(ctx.get(), 32, false);
+        for (ggml_tensor * op : ops) {
+            if (!ggml_backend_supports_op(backend, op)) {
+                return false;
+            }
+            ggml_build_forward_expand(graph, op);
         }
         buffer.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
         ggml_backend_buffer_clear(buffer.get(), 0x5a); // what is not written shows
@@ -164,7 +163,7 @@ static void test_set_rows(ggml_type type, std::mt19937_64 & rng, bool index_64, 
     } else {
         r.input(idx, std::vector<int32_t>(index.begin(), index.end()));
     }
-    if (!r.compute(ggml_set_rows(r.ctx.get(), dst, src, idx))) {
+    if (!r.compute({ ggml_set_rows(r.ctx.get(), dst, src, idx) })) {
         report(false, "SET_ROWS", type, "not supported");
         return;
     }
@@ -180,21 +179,21 @@ static void test_copies(ggml_type type, std::mt19937_64 & rng) {
         run r;
         ggml_tensor * dst = ggml_new_tensor_3d(r.ctx.get(), type, ne[0], ne[1], ne[2]);
         ggml_tensor * src = r.input(ggml_new_tensor_3d(r.ctx.get(), GGML_TYPE_F32, ne[0], ne[1], ne[2]), x);
-        report(r.compute(ggml_cpy(r.ctx.get(), src, dst)), "CPY to", type, "not supported");
+        report(r.compute({ ggml_cpy(r.ctx.get(), src, dst) }), "CPY to", type, "not supported");
         report(get<uint8_t>(dst) == p, "CPY to", type, "the rows differ");
     }
     {
         run r;
         ggml_tensor * src = r.input(ggml_new_tensor_3d(r.ctx.get(), type,          ne[0], ne[1], ne[2]), p);
         ggml_tensor * dst = ggml_new_tensor_1d        (r.ctx.get(), GGML_TYPE_F32, ne[0]*ne[1]*ne[2]); // another shape
-        report(r.compute(ggml_cpy(r.ctx.get(), src, dst)), "CPY from", type, "not supported");
+        report(r.compute({ ggml_cpy(r.ctx.get(), src, dst) }), "CPY from", type, "not supported");
         compare("CPY from", type, y, get<float>(dst));
     }
     {
         run r; // rows of a permuted tensor
         ggml_tensor * src = r.input(ggml_new_tensor_3d(r.ctx.get(), type,          ne[0], ne[1], ne[2]), p);
         ggml_tensor * dst = ggml_new_tensor_3d        (r.ctx.get(), GGML_TYPE_F32, ne[0], ne[2], ne[1]);
-        report(r.compute(ggml_cpy(r.ctx.get(), ggml_permute(r.ctx.get(), src, 0, 2, 1, 3), dst)), "CPY from permuted", type, "not supported");
+        report(r.compute({ ggml_cpy(r.ctx.get(), ggml_permute(r.ctx.get(), src, 0, 2, 1, 3), dst) }), "CPY from permuted", type, "not supported");
         std::vector<float> want;
         for (int64_t i = 0; i < ne[1]; ++i) {
             for (int64_t j = 0; j < ne[2]; ++j) {
@@ -210,7 +209,7 @@ static void test_copies(ggml_type type, std::mt19937_64 & rng) {
         ggml_tensor * src = r.input(ggml_new_tensor_2d(r.ctx.get(), type, ne[0], ne[1]*ne[2]), p);
         ggml_tensor * idx = r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I32, (int64_t) index.size()), index);
         ggml_tensor * dst = ggml_get_rows(r.ctx.get(), src, idx);
-        report(r.compute(dst), "GET_ROWS", type, "not supported");
+        report(r.compute({ dst }), "GET_ROWS", type, "not supported");
         std::vector<float> want;
         for (const int32_t i : index) {
             want.insert(want.end(), y.begin() + i*ne[0], y.begin() + (i + 1)*ne[0]);
@@ -225,7 +224,7 @@ static void test_copies(ggml_type type, std::mt19937_64 & rng) {
         }
         ggml_tensor * src = r.input(ggml_new_tensor_1d(r.ctx.get(), type, ne[0]*ne[1]*ne[2]), noise);
         ggml_tensor * dst = ggml_new_tensor_1d        (r.ctx.get(), GGML_TYPE_F32, ne[0]*ne[1]*ne[2]);
-        report(r.compute(ggml_cpy(r.ctx.get(), src, dst)), "CPY of noise", type, "not supported");
+        report(r.compute({ ggml_cpy(r.ctx.get(), src, dst) }), "CPY of noise", type, "not supported");
         compare("CPY of noise", type, decode(type, noise), get<float>(dst));
     }
 }
@@ -303,7 +302,7 @@ static void test_set_rows_centered(ggml_type type, std::mt19937_64 & rng, int32_
     ggml_tensor * idx = r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I64, n), index);
     ggml_tensor * op  = ggml_set_rows(r.ctx.get(), dst, src, idx);
     c.attach(r, op, 3, r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I32, n), pos));
-    if (!r.compute(op)) {
+    if (!r.compute({ op })) {
         report(false, "SET_ROWS centered", type, "not supported");
         return;
     }
@@ -338,7 +337,7 @@ static void test_set_rows_pair(ggml_type k, ggml_type v, std::mt19937_64 & rng, 
     ggml_tensor * set_v = ggml_set_rows(r.ctx.get(), dst_v, ggml_view_2d(r.ctx.get(), all, n_v, n, all->nb[2], 0),
         r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I64, n), index_v));
     c.attach(r, set_k, 3, r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I32, n), pos));
-    if (!r.compute(set_k, set_v)) {
+    if (!r.compute({ set_k, set_v })) {
         report(false, "SET_ROWS pair", k, "not supported");
         return;
     }
@@ -362,7 +361,7 @@ static void test_set_rows_again(ggml_type type, std::mt19937_64 & rng) {
     ggml_tensor * idx   = r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I64, 2), index);
     ggml_tensor * first = ggml_set_rows(r.ctx.get(), dst, r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, 256, 2), x), idx);
     ggml_tensor * next  = ggml_set_rows(r.ctx.get(), dst, r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, 256, 2), y), idx);
-    if (!r.compute(first, next)) {
+    if (!r.compute({ first, next })) {
         report(false, "SET_ROWS again", type, "not supported");
         return;
     }
@@ -382,6 +381,7 @@ struct attn_case {
     float   max_bias = 0.0f;
     float   cap      = 0.0f;
     float   v_scale  = 1.0f;
+    int64_t n_stored = 0;     // cells of a stream that the same graph stores, before attention
 };
 
 // slope of a head (ALiBi)
@@ -405,11 +405,25 @@ static ggml_tensor * cache_view(run & r, ggml_type type, const attn_case & c, in
     return ggml_view_4d(r.ctx.get(), all, d, c.n_kv, c.n_head_kv, c.n_stream, all->nb[1], ggml_row_size(type, d), all->nb[2], 0);
 }
 
+// SET_ROWS of some cells of a cache_view; rows are those of a pack. Before, the cells hold what the first ones do.
+static ggml_tensor * store(run & r, ggml_tensor * view, const std::vector<int64_t> & cells, const std::vector<float> & rows) {
+    ggml_tensor * all = view->view_src;
+    return ggml_set_rows(r.ctx.get(), ggml_reshape_2d(r.ctx.get(), all, all->ne[0], all->ne[1]*all->ne[2]),
+        r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, all->ne[0], (int64_t) cells.size()), rows),
+        r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I64, (int64_t) cells.size()), cells));
+}
+
 // rows of n values; x becomes what a reader sees. Trellis codes take long to find: after some hundred rows they repeat
-static std::vector<uint8_t> pack(ggml_type type, std::vector<float> & x, int64_t n) {
+static std::vector<uint8_t> pack(ggml_type type, std::vector<float> & x, int64_t n, std::vector<float> * before = nullptr) {
     const int64_t n_rows = (int64_t) x.size()/n;
     const int64_t n_own  = std::min<int64_t>(n_rows, 251);
     const size_t  nb     = ggml_row_size(type, n);
+    for (int64_t i = n_own; i < n_rows; ++i) {
+        memcpy(x.data() + i*n, x.data() + i*7919 % n_own*n, n*sizeof(float));
+    }
+    if (before) {
+        *before = x;
+    }
     std::vector<uint8_t> packed(n_rows*nb);
     ggml_quantize_chunk(type, x.data(), packed.data(), 0, n_own, n, nullptr);
     for (int64_t i = n_own; i < n_rows; ++i) {
@@ -428,8 +442,9 @@ static void test_attention(const attn_case & c, std::mt19937_64 & rng) {
     for (float & x : q) { x = normal(rng); }
     for (float & x : k) { x = normal(rng); }
     for (float & x : v) { x = c.v_scale*normal(rng); }
-    const std::vector<uint8_t> kp = pack(c.type_k, k, c.d_k);
-    const std::vector<uint8_t> vp = pack(c.type_v, v, c.d_v);
+    std::vector<float> kx, vx;
+    std::vector<uint8_t> kp = pack(c.type_k, k, c.d_k, &kx);
+    std::vector<uint8_t> vp = pack(c.type_v, v, c.d_v, &vx);
     const centers m(c.d_k, c.n_head_kv, (int32_t) (c.n_kv % 2 ? c.d_k : c.d_k/2), c.n_kv % 3 != 0, rng); // both kinds of RoPE
     std::vector<int32_t> pos = make_positions(c.n_kv*c.n_stream, rng);
     for (int64_t i = 0; c.in_order && i < c.n_kv*c.n_stream; ++i) {
@@ -443,10 +458,34 @@ static void test_attention(const attn_case & c, std::mt19937_64 & rng) {
             }
         }
     }
+    // the cells that are stored, and what in
+    std::vector<int64_t> cells;
+    std::vector<float>   stored_k, stored_v;
+    std::vector<int32_t> stored_pos;
+    const auto is_stored = [&](int64_t cell) { return (c.n_kv - 1 - cell) % 7 == 0 && (c.n_kv - 1 - cell)/7 < c.n_stored; };
+    for (int64_t i = 0; i < c.n_kv*c.n_stream; ++i) {
+        if (!is_stored(i % c.n_kv)) {
+            continue;
+        }
+        cells.push_back(i/c.n_kv*(c.n_kv + 64) + i % c.n_kv);
+        stored_pos.push_back(pos[i]);
+        for (int64_t h = 0; h < c.n_head_kv && c.centered; ++h) {
+            float * row = kx.data() + (i*c.n_head_kv + h)*c.d_k;
+            m.multiply(h, 2, row);
+            m.add(h, pos[i], 1.0f, row);
+        }
+        const auto take = [i, n_head = c.n_head_kv](std::vector<float> & to, const std::vector<float> & from, int64_t d) {
+            to.insert(to.end(), from.begin() + i*n_head*d, from.begin() + (i + 1)*n_head*d);
+        };
+        take(stored_k, kx, c.d_k);
+        take(stored_v, vx, c.d_v);
+        memcpy(kp.data() + i*c.n_head_kv*ggml_row_size(c.type_k, c.d_k), kp.data(), c.n_head_kv*ggml_row_size(c.type_k, c.d_k));
+        memcpy(vp.data() + i*c.n_head_kv*ggml_row_size(c.type_v, c.d_v), vp.data(), c.n_head_kv*ggml_row_size(c.type_v, c.d_v));
+    }
     // a cell is seen or not
     std::vector<ggml_fp16_t> mask(c.n_kv*c.n_q*c.n_stream);
     for (size_t i = 0; i < mask.size(); ++i) {
-        const bool seen = i % c.n_kv == 0 || (rng() % 8 != 0 && (i % c.n_kv < 100 || i % c.n_kv >= 164)); // no tile of 64 is seen
+        const bool seen = i % c.n_kv == 0 || is_stored(i % c.n_kv) || (rng() % 8 != 0 && (i % c.n_kv < 100 || i % c.n_kv >= 164)); // no tile of 64 is seen
         mask[i] = ggml_fp32_to_fp16(!seen ? -INFINITY : c.max_bias > 0.0f ? -0.125f*(i % 37) : 0.0f);
     }
     std::vector<float> sinks(c.n_head);
@@ -466,10 +505,19 @@ static void test_attention(const attn_case & c, std::mt19937_64 & rng) {
         m.attach(r, out, 5, r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_I32, c.n_kv, c.n_stream), pos));
     }
     char what[256];
-    snprintf(what, sizeof(what), "V %s, head dims %d/%d, %d/%d heads, %d cells, %d queries, %d streams%s%s%s, bias %g, cap %g", ggml_type_name(c.type_v),
+    snprintf(what, sizeof(what), "V %s, head dims %d/%d, %d/%d heads, %d cells, %d queries, %d streams%s%s%s, bias %g, cap %g, %d stored", ggml_type_name(c.type_v),
         (int) c.d_k, (int) c.d_v, (int) c.n_head, (int) c.n_head_kv, (int) c.n_kv, (int) c.n_q, (int) c.n_stream,
-        c.centered ? ", centered" : "", c.in_order ? " in order" : "", c.sinks ? ", sinks" : "", c.max_bias, c.cap);
-    if (!r.compute(out)) {
+        c.centered ? ", centered" : "", c.in_order ? " in order" : "", c.sinks ? ", sinks" : "", c.max_bias, c.cap, (int) c.n_stored);
+    std::vector<ggml_tensor *> ops = { out };
+    if (c.n_stored > 0) {
+        ggml_tensor * set_k = store(r, tk, cells, stored_k);
+        ggml_tensor * set_v = store(r, tv, cells, stored_v);
+        if (c.centered) {
+            m.attach(r, set_k, 3, r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I32, (int64_t) cells.size()), stored_pos));
+        }
+        ops = { set_k, set_v, out };
+    }
+    if (!r.compute(ops)) {
         report(false, "FLASH_ATTN_EXT", c.type_k, std::string(what) + ": not supported");
         return;
     }
@@ -562,6 +610,16 @@ static void test_attentions(const std::vector<ggml_type> & types, std::mt19937_6
             test_attention({ k, v, d, d, 4, 1, 1300, 1, 1, false, false, false, 0.0f,  0.0f, 1e-3f }, rng);
             test_attention({ k, v, d, d, 4, 1, 1300, 1, 1, false, false, false, 0.0f,  0.0f, 3e3f }, rng);
         }
+        // right behind what stores some of the cells
+        for (const ggml_type w : { v, GGML_TYPE_TQ3_MSE, GGML_TYPE_TQ3_TCQ }) {
+            for (const int64_t n_stored : { 1, 2, 7 }) {
+                for (const bool centered : { false, true }) {
+                    test_attention({ k, w, 128, 128, 8, 2,  256,        1, 1, centered, true, false, 0.0f, 0.0f, 1.0f, n_stored }, rng);
+                    test_attention({ k, w,  64,  64, 6, 2, 1300, n_stored, 2, centered, true, false, 0.0f, 0.0f, 1.0f, n_stored }, rng);
+                    test_attention({ k, w, 256, 256, 4, 2,  517, n_stored, 1, centered, true, false, 0.0f, 0.0f, 1.0f, n_stored }, rng);
+                }
+            }
+        }
         test_attention({ k, v, 128, 128, 8, 2, 9000, 1, 1, true,  true }, rng);
         test_attention({ k, v,  64,  64, 4, 4,  5000, 1, 8, false, true }, rng);
     }
@@ -577,6 +635,7 @@ static void test_few(ggml_type type, std::mt19937_64 & rng) {
     test_attention({ type, type, 128, 128, 8, 1,  300, 2, 1, true,  true }, rng);
     test_attention({ type, type,  64,  64, 3, 1,  300, 1, 1, true,  true }, rng);
     test_attention({ type, type, 256, 256, 2, 1,  300, 1, 1, false, true }, rng);
+    test_attention({ type, type, 128, 128, 8, 2,  300, 1, 1, true, true, false, 0.0f, 0.0f, 1.0f, 2 }, rng);
     test_attention({ type, type, 128, 128, 4, 2,  303, 33, 2, true, true }, rng);
     test_attention({ type, type,  64,  64, 3, 3,  300, 33, 1, false }, rng);
 }
