@@ -2,9 +2,10 @@
 
 // The TurboQuant cache types on CUDA: what the hooks in ggml-cuda call. docs/format.md is the specification.
 //
-// Rows are encoded (SET_ROWS, CPY) and decoded (GET_ROWS, CPY, the f16 keys and values of FLASH_ATTN_EXT) a warp a block
-// of 64 coordinates; _tcq also searches for paths of codes, a warp or a thread a path. FLASH_ATTN_EXT of few queries reads packed rows. Every kernel takes the parameters in use (seeds,
-// codebooks) as an argument, so nothing has to be uploaded and nothing can be stale.
+// Rows are encoded (SET_ROWS, CPY) a warp a block of 64 coordinates; _tcq also searches for paths of codes, a warp or a thread a
+// path. They are decoded (GET_ROWS, CPY, the f16 keys and values of FLASH_ATTN_EXT) four lanes a block. FLASH_ATTN_EXT of few
+// queries reads packed rows. Every kernel takes the parameters in use (seeds, codebooks) as an argument, so nothing has to be
+// uploaded and nothing can be stale.
 
 #include "convert.cuh"
 #include "ggml-tq-traits.h"

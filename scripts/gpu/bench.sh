@@ -4,7 +4,8 @@
 #
 #   scripts/gpu/bench.sh DIR [DEVICE]
 #
-# Shapes: 8B models (32 heads, 8 key heads, head dim 128), groups of 8, head dims 64 and 256; keys centered and not.
+# Shapes: 8B models (32 heads, 8 key heads, head dim 128), groups of 8, head dims 64 and 256; keys centered and not; few queries
+# and batches of 512.
 set -eu
 
 bin=$1/bin
@@ -18,9 +19,10 @@ bench() {
 types="f16 tq4_mse tq3_mse tq4_tcq tq3_tcq"
 # shellcheck disable=SC2086
 {
-    bench -n 1024,8192,32768,131072 $types q8_0 q4_0 tq2_tcq tq3_qjl/tq3_mse
+    bench -n 256,1024,8192,32768,131072 $types q8_0 q4_0 tq2_tcq tq3_qjl/tq3_mse
     bench -n 32768,131072 -b 8 $types
     bench -n 32768 -s 64/8/128,24/8/64,16/8/256 $types
     bench -n 32768 -q 2,4,8 $types
+    bench -n 512,1024,8192,32768 -q 512 $types q8_0 q4_0 tq4_qjl/tq4_mse
     "$bin/bench-set-rows" -d "$device" -r 9 -c -n 1,8,64,512,2048 2>/dev/null
 }

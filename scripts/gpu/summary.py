@@ -73,8 +73,9 @@ def main() -> None:
     print("Attention\n\n" + kernels(read(folder / "attention.jsonl"), shape))
     print("\nStored keys and values\n\n" + kernels(read(folder / "set-rows.jsonl"), ("head_dim", "n_tokens")))
     print("\nLogits\n\n" + parities(read(folder / "parity.jsonl")))
-    if (folder / "speed.jsonl").exists():
-        print("\nSpeed\n\n" + speeds(bench.store(folder / "speed.jsonl").read()[0]))
+    for path in sorted(folder.glob("speed*.jsonl")):
+        rounds = bench.store(path).read()[0]
+        print(f"\nSpeed: {rounds[0].settings.model}, {rounds[0].settings.gpu}\n\n" + speeds(rounds))
 
 
 if __name__ == "__main__":
