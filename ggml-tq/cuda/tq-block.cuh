@@ -113,11 +113,6 @@ template <int bits> static constexpr __host__ __device__ int tq_label(int reg) {
 // section 5
 //
 
-// bits 16*half .. 16*half + 15 of plane p are halfword 1 + 4*p + half of a block
-static __device__ __forceinline__ int tq_plane_bit(const uint16_t * block, int p, int i) {
-    return (block[1 + 4*p + i/16] >> i%16) & 1;
-}
-
 // register of coordinate i: bit k is bit i - k of the plane of coded bits
 static __device__ __forceinline__ int tq_register(uint64_t coded_reversed, int i) {
     const int shift = 63 - i;

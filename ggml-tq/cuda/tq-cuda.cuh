@@ -4,7 +4,8 @@
 //
 // Rows are encoded (SET_ROWS, CPY) a warp a block of 64 coordinates; _tcq also searches for paths of codes, a warp or a thread a
 // path. They are decoded (GET_ROWS, CPY, the f16 keys and values of FLASH_ATTN_EXT) four lanes a block. FLASH_ATTN_EXT of few
-// queries reads packed rows. Every kernel takes the parameters in use (seeds, codebooks) as an argument, so nothing has to be
+// queries reads packed rows. Positions, centers and tables of centered keys are read while earlier kernels may still run: they are
+// inputs of a graph. Every kernel takes the parameters in use (seeds, codebooks) as an argument, so nothing has to be
 // uploaded and nothing can be stale.
 
 #include "convert.cuh"
@@ -36,7 +37,7 @@ bool ggml_tq_cuda_cpy_supported(const ggml_tensor * src, const ggml_tensor * dst
 const char * ggml_tq_cuda_keys_to_f16(const ggml_tensor * dst, half * k_f16, size_t & nb1, size_t & nb2, size_t & nb3, cudaStream_t stream);
 
 // FLASH_ATTN_EXT of few queries over packed keys and values, both of the types: true where there is a kernel, which
-// ggml_tq_cuda_attention runs. It reads src[5..7], if set, while earlier kernels may still run: they are inputs of the graph.
+// ggml_tq_cuda_attention runs
 bool ggml_tq_cuda_attention_supported(int device, const ggml_tensor * dst);
 void ggml_tq_cuda_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 

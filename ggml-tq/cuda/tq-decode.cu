@@ -88,8 +88,13 @@ static __device__ __forceinline__ void tq_store_8(T * y, const float * v, bool a
     }
 }
 
+// CUDA blocks of a multiprocessor: what registers allow
+static constexpr __host__ __device__ int tq_decode_resident(tq_kind kind, bool centered) {
+    return kind == TQ_KIND_QJL || centered ? 2 : 3;
+}
+
 template <tq_kind kind, int bits, typename T, typename T2, bool centered>
-static __global__ void __launch_bounds__(32*TQ_DECODE_WARPS, kind == TQ_KIND_QJL || centered ? 2 : 3) tq_decode_rows(const __grid_constant__ tq_decode_args args) {
+static __global__ void __launch_bounds__(32*TQ_DECODE_WARPS, tq_decode_resident(kind, centered)) tq_decode_rows(const __grid_constant__ tq_decode_args args) {
     __shared__ float table[32];
     extern __shared__ float4 shared[];
     const int lane = threadIdx.x % 32;
@@ -188,7 +193,7 @@ void tq_cuda_decode(ggml_type type, const void * src, T * dst, const tq_rows & r
     args.aligned = ((uintptr_t) dst | rows.floats_nb[0] | rows.floats_nb[1] | rows.floats_nb[2]) % 16 == 0;
 
     const bool centered = center.pos != nullptr;
-    dim3   grid(3*n_sm);
+    dim3   grid;
     size_t n_shared = 0;
     int    n_heads  = rows.ne2.z;
     if (centered) { // as many cells and heads as shared memory holds, but for all multiprocessors
@@ -198,19 +203,22 @@ void tq_cuda_decode(ggml_type type, const void * src, T * dst, const tq_rows & r
         args.n_cells = std::min(args.n_cells, std::max(1, TQ_DECODE_TURNS/(64*n)));
         grid.x       = (args.n_all + args.n_cells - 1)/args.n_cells;
         n_shared     = (size_t) (2*args.n_cells + 3*n_heads)*n*TQ_DECODE_PITCH*sizeof(float);
-        GGML_ASSERT(grid.y <= 65535 && n_shared < 48*1024);
+        GGML_ASSERT(grid.y <= 65535 && n_shared <= 48*1024 - sizeof(tq_codec::table));
     }
     args.side_bits = n_heads*n >= 8 ? 3 : n_heads*n >= 4 ? 2 : n_heads*n >= 2 ? 1 : 0;
     if (!centered) {
-        const int64_t n_items = (args.n_all + (16 >> args.side_bits) - 1)/(16 >> args.side_bits)*((n_heads*n + (1 << args.side_bits) - 1) >> args.side_bits);
-        grid.x = (unsigned) std::min<int64_t>(grid.x, (n_items + TQ_DECODE_WARPS - 1)/TQ_DECODE_WARPS);
+        const int n_items = (args.n_all + (16 >> args.side_bits) - 1)/(16 >> args.side_bits)*((n_heads*n + (1 << args.side_bits) - 1) >> args.side_bits);
+        grid.x = (unsigned) ((n_items + TQ_DECODE_WARPS - 1)/TQ_DECODE_WARPS);
     }
     tq_dispatch(type, [&](auto kind, auto bits) {
+        if (!centered) { // all of them at once
+            grid.x = std::min<unsigned>(grid.x, tq_decode_resident(kind, false)*n_sm);
+        }
         if (centered) {
             if constexpr (std::is_same_v<T, half>) { // of attention
                 launch<kind, bits, T, true>(args, grid, n_shared, stream);
             } else {
-                GGML_ABORT("%s: centered keys are decoded to f16", __func__);
+                GGML_ABORT("centered keys are decoded to f16");
             }
         } else {
             launch<kind, bits, T, false>(args, grid, 0, stream);

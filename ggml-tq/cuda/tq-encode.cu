@@ -10,6 +10,37 @@ struct tq_encode_args {
     int           n_first; // CUDA blocks of job[0]
 };
 
+struct tq_place {
+    int     i1, i2, i3;
+    int     ib;                // in the row
+    int64_t floats;            // offset in bytes, of the row
+    const int32_t * row;       // of the packed side; nullptr: i1
+};
+
+static __device__ __forceinline__ tq_place tq_find(const tq_rows & r, int i) {
+    const uint2 by_n   = fast_div_modulo(i,        r.n);
+    const uint2 by_ne1 = fast_div_modulo(by_n.x,   r.ne1);
+    const uint2 by_ne2 = fast_div_modulo(by_ne1.x, r.ne2);
+    tq_place p;
+    p.ib = by_n.y;
+    p.i1 = by_ne1.y;
+    p.i2 = by_ne2.y;
+    p.i3 = by_ne2.x;
+    p.floats = p.i1*r.floats_nb[0] + p.i2*r.floats_nb[1] + p.i3*r.floats_nb[2];
+    p.row = tq_index(r, p.i1, p.i2, p.i3);
+    return p;
+}
+
+// earlier kernels may write it
+static __device__ __forceinline__ int tq_row(const tq_place & p) {
+    return p.row ? *p.row : p.i1;
+}
+
+// offset in bytes of the packed row
+static __device__ __forceinline__ int64_t tq_packed(const tq_rows & r, const tq_place & p, int row) {
+    return row*r.packed_nb[0] + p.i2*r.packed_nb[1] + p.i3*r.packed_nb[2];
+}
+
 // A lane's coordinates. The next kernel may start when all earlier ones are done: then it prepares itself while rows are
 // encoded. If it could before, a step of a model would take longer, not shorter.
 static __device__ __forceinline__ float2 tq_load(const tq_encode_job & job, const tq_place & at, int lane) {

@@ -24,7 +24,8 @@ bool ggml_tq_cuda_center_supported(const ggml_tensor * dst, const ggml_tensor * 
     if (dst->op == GGML_OP_FLASH_ATTN_EXT) {
         const ggml_tensor * v = dst->src[2];
         const bool one_tensor = v->view_src && (v->view_src == k || v->view_src == k->view_src); // keys would be values
-        if (one_tensor || pos->ne[0] != k->ne[1] || pos->ne[1] != k->ne[3]) {
+        if (one_tensor || pos->ne[0] != k->ne[1] || pos->ne[1] != k->ne[3] ||
+                !centers || centers->ne[0] != k->ne[0] || centers->ne[1] != k->ne[2]) {
             return false;
         }
     }
@@ -59,6 +60,7 @@ static tq_rows rows_of(int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3, size_
 }
 
 static tq_rows rows_of_blocks(ggml_type type, int64_t n, size_t size) { // n floats, contiguous as the blocks are
+    GGML_ASSERT(n % TQ_BLOCK_SIZE == 0);
     const int64_t n_blocks = n/TQ_BLOCK_SIZE;
     const size_t  nb       = ggml_type_size(type);
     return rows_of(TQ_BLOCK_SIZE, n_blocks, 1, 1, nb, n_blocks*nb, n_blocks*nb, size);

@@ -68,12 +68,12 @@ template <int bits> static void encode_many(const tq_codec & codec, const float 
 // beside another block; i chooses the place and the lanes
 template <tq_kind kind, int bits> static void decode(const tq_codec & codec, const uint16_t * block, const uint16_t * other, int i, float * x) {
     warp::run([&](int lane) {
-        const uint16_t * blocks[2] = { i/4%2 ? other : block, i/4%2 ? block : other };
+        const uint16_t * blocks[2] = { i/8%2 ? other : block, i/8%2 ? block : other };
         float factors[16];
         tq_factors_of_quarter(codec.rotation, lane, factors);
         const tq_words words = tq_load_quarters<kind, bits>(blocks[0], blocks[1], lane);
         float v[16];
-        tq_decode_quarter<kind>(codec, codec.table, factors, words, i/4%2, block[0], lane, v);
+        tq_decode_quarter<kind>(codec, codec.table, factors, words, i/8%2, block[0], lane, v);
         if (lane/4 == i%8) {
             for (int c = 0; c < 16; ++c) {
                 x[tq_first_of_quarter(lane) + (c < 8 ? c : c + 24)] = v[c];
@@ -224,6 +224,11 @@ template <tq_kind kind, int bits> static int test(tq_type type, int n_blocks) {
 //
 // operands of attention
 //
+
+// bits 16*half .. 16*half + 15 of plane p are halfword 1 + 4*p + half of a block
+static int tq_plane_bit(const uint16_t * block, int p, int i) {
+    return (block[1 + 4*p + i/16] >> i%16) & 1;
+}
 
 // level and sign of the sketch of a coordinate, the plain way
 template <tq_kind kind, int bits> static float level_of(const tq_codec & codec, const uint16_t * block, int i, bool & sign) {
