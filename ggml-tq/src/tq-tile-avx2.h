@@ -195,44 +195,55 @@ TARGET_AVX2 static void avx2_multiply(const int8_t * bytes, const struct tq_tile
     }
 }
 
-// s[r][l] += w[r][k]*angles[k], n_vec registers of distances of n queries
-ALWAYS_INLINE TARGET_AVX2 void avx2_turn_half(int n, int n_vec, const float * angles, int32_t n_angles, const float * const * w, int32_t first, __m256 (* s)[4]) {
-    for (int32_t k = 0; k < n_angles; ++k, angles += TQ_CENTER_HALF) {
+// n_vec registers of distances of n queries: the cosines' sums, or the sines'
+ALWAYS_INLINE TARGET_AVX2 void avx2_turn_half(int n, int n_vec, const float * angles, int32_t n_pairs, const float * const * w, bool sines, float (* dst)[32]) {
+    __m256 s[6][4];
+    for (int r = 0; r < n; ++r) {
+        UNROLL
+        for (int l = 0; l < n_vec; ++l) {
+            s[r][l] = sines ? _mm256_setzero_ps() : _mm256_set1_ps(w[r][2*n_pairs]);
+        }
+    }
+    angles += sines ? n_pairs*TQ_CENTER_HALF : 0;
+    const int32_t first = sines ? n_pairs : 0;
+    for (int32_t k = first; k < first + n_pairs; ++k, angles += TQ_CENTER_HALF) {
         __m256 x[4];
         UNROLL
         for (int l = 0; l < n_vec; ++l) {
             x[l] = _mm256_loadu_ps(angles + 8*l);
         }
         for (int r = 0; r < n; ++r) {
-            const __m256 wk = _mm256_set1_ps(w[r][first + k]);
+            const __m256 wk = _mm256_set1_ps(w[r][k]);
             UNROLL
             for (int l = 0; l < n_vec; ++l) {
                 s[r][l] = _mm256_fmadd_ps(wk, x[l], s[r][l]);
+                IN_REGISTER(s[r][l]);
             }
+        }
+    }
+    for (int r = 0; r < n; ++r) {
+        UNROLL
+        for (int l = 0; l < n_vec; ++l) {
+            _mm256_storeu_ps(dst[r] + 8*l, s[r][l]);
         }
     }
 }
 
 ALWAYS_INLINE TARGET_AVX2 void avx2_turn(int n, int n_vec, const float * angles, int32_t n_pairs, const float * const * w, float * sums, size_t step) {
     for (int i = 0; i < TQ_CENTER_HALF; i += 8*n_vec) {
-        __m256 e[6][4];
-        __m256 o[6][4];
-        for (int r = 0; r < n; ++r) {
-            UNROLL
-            for (int l = 0; l < n_vec; ++l) {
-                e[r][l] = _mm256_set1_ps(w[r][2*n_pairs]);
-                o[r][l] = _mm256_setzero_ps();
-            }
-        }
-        avx2_turn_half(n, n_vec, angles + i,                          n_pairs, w, 0,       e);
-        avx2_turn_half(n, n_vec, angles + i + n_pairs*TQ_CENTER_HALF, n_pairs, w, n_pairs, o);
+        float e[6][32];
+        float o[6][32];
+        avx2_turn_half(n, n_vec, angles + i, n_pairs, w, false, e);
+        IN_MEMORY(e);
+        avx2_turn_half(n, n_vec, angles + i, n_pairs, w, true,  o);
         for (int r = 0; r < n; ++r) {
             float * middle = sums + r*step + TQ_CENTER_HALF;
-            UNROLL
-            for (int l = 0; l < n_vec; ++l) {
-                const __m256 less = _mm256_sub_ps(e[r][l], o[r][l]);
-                _mm256_storeu_ps(middle + i + 8*l, _mm256_add_ps(e[r][l], o[r][l]));
-                _mm256_storeu_ps(middle - i - 8*l - 8, _mm256_permutevar8x32_ps(less, _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0)));
+            for (int j = 0; j < 8*n_vec; j += 8) {
+                const __m256 x = _mm256_loadu_ps(e[r] + j);
+                const __m256 y = _mm256_loadu_ps(o[r] + j);
+                const __m256 less = _mm256_permutevar8x32_ps(_mm256_sub_ps(x, y), _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+                _mm256_storeu_ps(middle + i + j,     _mm256_add_ps(x, y));
+                _mm256_storeu_ps(middle - i - j - 8, less);
             }
         }
     }

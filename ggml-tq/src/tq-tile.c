@@ -29,6 +29,7 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
 #define IN_REGISTER(x) __asm__("" : "+v"(x)) // of a sum in a loop; gcc copies each to another register and back otherwise
+#define IN_MEMORY(x)   __asm__("" : "+m"(x)) // of sums that are complete, while registers are needed for others
 #define CPU_HAS_AVX2   (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) // and F16C, which came before
 #define CPU_HAS_AVX512 (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
     __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
@@ -36,6 +37,7 @@
 #define TARGET(features)
 #define UNROLL
 #define IN_REGISTER(x)
+#define IN_MEMORY(x)
 #ifdef __AVX2__
 #define CPU_HAS_AVX2 true
 #else
