@@ -12,6 +12,9 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #define TQ_TILE_X86
 #include <immintrin.h>
+#if defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11
+#define TQ_TILE_AVXVNNI
+#endif
 #endif
 #if defined(__aarch64__)
 #define TQ_TILE_NEON
@@ -33,6 +36,7 @@
 #define CPU_HAS_AVX2   (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) // and F16C, which came before
 #define CPU_HAS_AVX512 (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
     __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
+#define CPU_HAS_AVXVNNI __builtin_cpu_supports("avxvnni")
 #else
 #define TARGET(features)
 #define UNROLL
@@ -147,6 +151,9 @@ ALWAYS_INLINE const uint8_t * row_at(const uint8_t * first, size_t stride, int n
 static const struct tq_tile_functions * const all_tiles[] = {
 #ifdef TQ_TILE_X86
     &tile_avx512,
+#ifdef TQ_TILE_AVXVNNI
+    &tile_avxvnni,
+#endif
     &tile_avx2,
 #endif
 #ifdef TQ_TILE_DOTPROD

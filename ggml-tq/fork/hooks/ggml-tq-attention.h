@@ -413,6 +413,7 @@ struct unit {
             tq_center_cells_init(&cells, (const int32_t *) ((const char *) a.center.pos->data + stream*a.center.pos->nb[1]) + cell, used);
             tq_center_scores(&a.center.center, qc, (int) n_rows, &cells, s.tile, CELLS);
         }
+        const int32_t hidden = (int32_t) 0xff800000; // -INFINITY
         for (int64_t r = 0; r < n_rows; ++r) {
             const float * x = s.tile + r*CELLS;
             const float * b = bias[r];
@@ -423,9 +424,16 @@ struct unit {
                     p[i] = b[i] == -INFINITY ? -INFINITY : a.softcap*tanhf(x[i]*a.scale) + b[i];
                 }
             } else {
+                float y[CELLS];
                 for (int64_t i = 0; i < CELLS; ++i) {
-                    const float y = x[i]*scale + b[i];
-                    p[i] = b[i] == -INFINITY ? -INFINITY : y;
+                    y[i] = x[i]*scale + b[i];
+                }
+                for (int64_t i = 0; i < CELLS; ++i) { // whatever y is; as integers, which vectorizes
+                    int32_t u, v;
+                    memcpy(&u, y + i, sizeof(u));
+                    memcpy(&v, b + i, sizeof(v));
+                    u = v == hidden ? v : u;
+                    memcpy(p + i, &u, sizeof(u));
                 }
             }
         }
