@@ -161,13 +161,18 @@ void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, c
 // a run's cells of one span for up to QUERIES queries; the span is computed as a whole
 static void score_run(const struct tq_center * center, const struct tq_center_query * queries, int n, const struct tq_center_run * run,
         const uint8_t * cell, const uint8_t * at, float * scores, size_t step) {
-    const int32_t n_rot = center->n_rot;
-    const float * w   [QUERIES];
-    float         sums[QUERIES][SPAN];
+    const int32_t n_rot  = center->n_rot;
+    const float * angles = center->table + (int64_t) 3*PAGE*n_rot;
+    const float * w[QUERIES];
     for (int r = 0; r < n; ++r) {
         w[r] = queries[r].w + n_rot;
     }
-    tq_tile()->turns(center->table + (int64_t) 3*PAGE*n_rot, n_rot/2, w, n, sums[0], SPAN);
+    if (run->in_order && run->n == SPAN) {
+        tq_tile()->turns(angles, n_rot/2, w, n, scores, step);
+        return;
+    }
+    float sums[QUERIES][SPAN] = { { 0 } };
+    tq_tile()->turns(angles, n_rot/2, w, n, sums[0], SPAN);
     for (int r = 0; r < n; ++r) {
         float * to = scores + r*step;
         if (run->in_order) {

@@ -66,7 +66,7 @@ struct tq_tile_functions {
     int  (* coordinate)(int i);
     // For j < TQ_CENTER_HALF: e = w[r][2*n], then e += w[r][k]*angles[k*TQ_CENTER_HALF + j] for k from 0 to n - 1 in this order; o = 0, then
     // the same for k from n to 2*n - 1; each step rounded once (a fused multiply-add): scores of centers have the same bits everywhere.
-    // sums[r*step + TQ_CENTER_HALF + j] = e + o, sums[r*step + TQ_CENTER_HALF - 1 - j] = e - o
+    // sums[r*step + TQ_CENTER_HALF + j] += e + o, sums[r*step + TQ_CENTER_HALF - 1 - j] += e - o
     void (* turns)(const float * angles, int32_t n, const float * const * w, int n_queries, float * sums, size_t step);
 };
 

@@ -248,8 +248,10 @@ ALWAYS_INLINE TARGET_AVX2 void avx2_turn(int n, int n_vec, const float * angles,
                 const __m256 x = _mm256_loadu_ps(e[r] + j);
                 const __m256 y = _mm256_loadu_ps(o[r] + j);
                 const __m256 less = _mm256_permutevar8x32_ps(_mm256_sub_ps(x, y), _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0));
-                _mm256_storeu_ps(middle + i + j,     _mm256_add_ps(x, y));
-                _mm256_storeu_ps(middle - i - j - 8, less);
+                float * up   = middle + i + j;
+                float * down = middle - i - j - 8;
+                _mm256_storeu_ps(up,   _mm256_add_ps(_mm256_loadu_ps(up),   _mm256_add_ps(x, y)));
+                _mm256_storeu_ps(down, _mm256_add_ps(_mm256_loadu_ps(down), less));
             }
         }
     }

@@ -271,8 +271,11 @@ ALWAYS_INLINE TARGET_AVX512 void avx512_turn(int n, const float * angles, int32_
     for (int r = 0; r < n; ++r) {
         float * middle = sums + r*step + TQ_CENTER_HALF;
         for (int l = 0; l < 2; ++l) {
-            _mm512_storeu_ps(middle + 16*l,      _mm512_add_ps(e[r][l], o[r][l]));
-            _mm512_storeu_ps(middle - 16*l - 16, _mm512_permutexvar_ps(reverse, _mm512_sub_ps(e[r][l], o[r][l])));
+            float * up   = middle + 16*l;
+            float * down = middle - 16*l - 16;
+            const __m512 less = _mm512_permutexvar_ps(reverse, _mm512_sub_ps(e[r][l], o[r][l]));
+            _mm512_storeu_ps(up,   _mm512_add_ps(_mm512_loadu_ps(up),   _mm512_add_ps(e[r][l], o[r][l])));
+            _mm512_storeu_ps(down, _mm512_add_ps(_mm512_loadu_ps(down), less));
         }
     }
 }

@@ -228,8 +228,10 @@ ALWAYS_INLINE void neon_turn(int n, int i, const float * angles, int32_t n_pairs
         float * middle = sums + r*step + TQ_CENTER_HALF;
         for (int l = 0; l < 4; ++l) {
             const float32x4_t less = vrev64q_f32(vsubq_f32(e[r][l], o[r][l]));
-            vst1q_f32(middle + i + 4*l,     vaddq_f32(e[r][l], o[r][l]));
-            vst1q_f32(middle - i - 4*l - 4, vextq_f32(less, less, 2));
+            float * up   = middle + i + 4*l;
+            float * down = middle - i - 4*l - 4;
+            vst1q_f32(up,   vaddq_f32(vld1q_f32(up),   vaddq_f32(e[r][l], o[r][l])));
+            vst1q_f32(down, vaddq_f32(vld1q_f32(down), vextq_f32(less, less, 2)));
         }
     }
 }

@@ -140,8 +140,8 @@ static void portable_turns(const float * angles, int32_t n, const float * const 
         }
         float * middle = sums + r*step + TQ_CENTER_HALF;
         for (int j = 0; j < TQ_CENTER_HALF; ++j) {
-            middle[j]      = e[j] + o[j];
-            middle[-1 - j] = e[j] - o[j];
+            middle[j]      += e[j] + o[j];
+            middle[-1 - j] += e[j] - o[j];
         }
     }
 }

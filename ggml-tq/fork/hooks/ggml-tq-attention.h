@@ -389,12 +389,16 @@ struct unit {
                 tq_tile_scales(first, a.k.t->nb[1], (int) n_cells(cell), d);
                 for (int64_t part = 0; part < a.k.n_parts; ++part) {
                     const int64_t i0 = (b*a.k.n_parts + part)*ROWS;
-                    memset(s.sums, 0, n_rows*CELLS*sizeof(int32_t));
-                    tq_tile_multiply(bytes[part], s.qn + i0, (int) n_rows, s.sums, CELLS);
-                    for (int64_t r = 0; r < n_rows; ++r) {
-                        const float f = s.qs[i0 + r];
-                        for (int64_t i = 0; i < CELLS; ++i) {
-                            s.tile[r*CELLS + i] += f*d[i]*(float) s.sums[r*CELLS + i];
+                    for (int64_t r0 = 0; r0 < n_rows; r0 += 12) { // few, so that their sums stay near
+                        const int64_t n = std::min((int64_t) 12, n_rows - r0);
+                        memset(s.sums, 0, n*CELLS*sizeof(int32_t));
+                        tq_tile_multiply(bytes[part], s.qn + i0 + r0, (int) n, s.sums, CELLS);
+                        for (int64_t r = 0; r < n; ++r) {
+                            const float f = s.qs[i0 + r0 + r];
+                            float *     t = s.tile + (r0 + r)*CELLS;
+                            for (int64_t i = 0; i < CELLS; ++i) {
+                                t[i] += f*d[i]*(float) s.sums[r*CELLS + i];
+                            }
                         }
                     }
                 }
