@@ -42,7 +42,7 @@ ALWAYS_INLINE uint64_t tq_spread_bits(uint8_t b) {
 // centers (section 10)
 
 #define TQ_CENTER_PAGE 256 // positions whose angles one part of the table holds
-#define TQ_CENTER_SPAN 64  // positions that are scored together, from the middle both ways
+#define TQ_CENTER_SPAN 64  // positions that are scored together, from the middle both ways; as many as a tile's cells
 #define TQ_CENTER_HALF (TQ_CENTER_SPAN/2)
 
 ALWAYS_INLINE void tq_center_pair(const struct tq_center * center, int32_t i, int32_t * a, int32_t * b) {
