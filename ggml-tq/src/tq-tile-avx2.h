@@ -286,8 +286,9 @@ static const struct tq_tile_functions tile_avx2 = {
 
 AVX2_MULTIPLY(avxvnni_multiply, TARGET_AVXVNNI, 6, _mm256_dpwssd_avx_epi32)
 
-static bool avxvnni_available(void) {
-    return CPU_HAS_AVX2 && CPU_HAS_AVXVNNI;
+static bool avxvnni_available(void) { // compilers differ in which names of features they know
+    unsigned a, b, c, d;
+    return CPU_HAS_AVX2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
 static const struct tq_tile_functions tile_avxvnni = {

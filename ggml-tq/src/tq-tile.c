@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #if defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11
 #define TQ_TILE_AVXVNNI
+#include <cpuid.h>
 #endif
 #endif
 #if defined(__aarch64__)
@@ -36,7 +37,6 @@
 #define CPU_HAS_AVX2   (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) // and F16C, which came before
 #define CPU_HAS_AVX512 (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
     __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
-#define CPU_HAS_AVXVNNI __builtin_cpu_supports("avxvnni")
 #else
 #define TARGET(features)
 #define UNROLL
