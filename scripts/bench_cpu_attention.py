@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 
 def shapes(quick: bool) -> list[list[str]]:
-    """Arguments of the program: one token behind caches of several depths, and batches of 512."""
+    """Arguments of the program: one token behind caches of several depths, and batches of 512 behind 8192 cells."""
     result: list[list[Any]] = []
     for d, group, cells, threads, center in itertools.product(
         (64, 128, 256), (4, 8), (1024, 8192, 32768), (1, 2), (False, True)
@@ -34,7 +34,9 @@ def shapes(quick: bool) -> list[list[str]]:
         types = ["f16", *UPSTREAM, *OURS] if cells == 8192 and not center else ["f16", *OURS]
         result.append(["-d", d, "-g", group, "-c", cells, "-t", threads, "-r", 7, *["--center"] * center, *types])
     for d, center in itertools.product((64, 128, 256), (False, True)):
-        result.append(["-d", d, "-g", 4, "-c", 2048, "-q", 512, "-t", 1, "-r", 3, *["--center"] * center, "f16", *OURS])
+        result.append(
+            ["-d", d, "-g", 4, "-c", 8192 + 512, "-q", 512, "-t", 1, "-r", 3, *["--center"] * center, "f16", *OURS]
+        )
     return [[str(a) for a in args] for args in result]
 
 

@@ -16,7 +16,7 @@ template <typename T> to_t_cuda_t<T>    ggml_tq_cuda_get_to   (ggml_type type);
 template <typename T> to_t_nc_cuda_t<T> ggml_tq_cuda_get_to_nc(ggml_type type);
 
 // SET_ROWS from F32; src[3..5], if set, center the rows (section 10): positions I32 [n_rows], centers F32 [head_dim,
-// n_head_kv, 4], table F32 [n_rot, 1024], of which 768 rows are read
+// n_head_kv, 4], table F32 [n_rot, TQ_CENTER_ROWS], of which 768 rows are read
 void ggml_tq_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool ggml_tq_cuda_set_rows_supported(const ggml_tensor * dst);
 

@@ -190,7 +190,8 @@ int tq_tile_coordinate(int i);
 // Centered keys (section 10): a row holds key - X_p(m), p its position, m the center of its layer and head, X_p RoPE. At
 // position 0, whose key is hardly ever like the others, m is another center: `first`.
 
-#define TQ_CENTER_ROWS 1024 // of the table: 3 parts of 256, then the first part by blocks of 32 positions, [8][n_rot][32]
+// of the table: 3 parts of 256; the angles of distances 0.5, 1.5, ... 31.5, [n_rot][32]; those of positions 31.5, 95.5, 159.5, 223.5
+#define TQ_CENTER_ROWS 804
 
 struct tq_center {
     int32_t       head_dim;
@@ -206,23 +207,23 @@ void tq_center_make_table(const double * freqs, int32_t n_rot, float * table);
 void tq_center_add(const struct tq_center * center, const float * m, int32_t pos, float sign, float * x);
 
 // <q, X_p(m)> for many positions p: q[head_dim], m and `first` become w[TQ_CENTER_QUERY_SIZE(n_rot)] once, then
-// a position takes one product of n_rot terms; what a page of 256 positions shares is made when the page changes.
+// two positions take one product of n_rot terms; what a span of 64 positions shares is made when the span changes.
 // A score depends on q, the centers and p alone, to the bit.
 #define TQ_CENTER_QUERY_SIZE(n_rot) (2*(n_rot) + 1)
 struct tq_center_query {
     float * w;
-    int32_t page;  // which positions w's second half is made for
+    int32_t span;  // which positions w's second half is made for
     float   first; // the score at position 0, whose center is another
 };
 struct tq_center_query tq_center_query_init(const struct tq_center * center, const float * m, const float * first, const float * q,
     float * w);
 
-// 64 cells by the pages of their positions
+// 64 cells by the spans of their positions
 struct tq_center_cells {
     int n_runs;
-    struct tq_center_run { int32_t page; int first, n; bool in_order; } runs[TQ_BLOCK_SIZE]; // page -1: position 0; in_order: cells and positions ascend by 1
+    struct tq_center_run { int32_t span; int first, n; bool in_order; } runs[TQ_BLOCK_SIZE]; // span -1: position 0; in_order: cells and positions ascend by 1
     uint8_t cell[TQ_BLOCK_SIZE]; // of the runs, one after the other
-    uint8_t at  [TQ_BLOCK_SIZE]; // its position within the page
+    uint8_t at  [TQ_BLOCK_SIZE]; // its position within the span
 };
 // pos[64], of which only those of used[64] are read
 void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, const bool * used);

@@ -2,11 +2,14 @@
 
 #include "tq-internal.h"
 
-#define PAGE  TQ_CENTER_PAGE
-#define BLOCK TQ_CENTER_BLOCK
+// Within a span a position is a distance from its middle, and cos(x) = cos(-x), sin(x) = -sin(-x): sums over the pairs of the cosines' terms
+// and of the sines' give the scores of two positions.
+
+#define PAGE TQ_CENTER_PAGE
+#define SPAN TQ_CENTER_SPAN
 #define QUERIES 12 // together
 
-// w: [n_rot] the factors of cosines and sines at position 0, [n_rot] at the page's start, then what does not turn
+// w: [n_rot] the factors of cosines and sines at position 0, [n_rot] in the middle of the span, then what does not turn
 struct tq_center_query tq_center_query_init(const struct tq_center * center, const float * m, const float * first, const float * q,
         float * w) {
     const int32_t n_rot   = center->n_rot;
@@ -29,13 +32,15 @@ struct tq_center_query tq_center_query_init(const struct tq_center * center, con
     return (struct tq_center_query) { w, -1, score };
 }
 
-// the second half of w at the start of a page, for those queries that have another's
-static void turn_queries(const struct tq_center * center, struct tq_center_query * queries, int n, int32_t page) {
+// the second half of w in the middle of a span, for those queries that have another's
+static void turn_queries(const struct tq_center * center, struct tq_center_query * queries, int n, int32_t span) {
     const int32_t n_rot   = center->n_rot;
     const int32_t n_pairs = n_rot/2;
+    const int32_t page    = span/(PAGE/SPAN);
+    const float * middle  = center->table + (int64_t) (3*PAGE + TQ_CENTER_HALF + span%(PAGE/SPAN))*n_rot;
     bool turned = true;
     for (int r = 0; r < n; ++r) {
-        turned = turned && queries[r].page == page;
+        turned = turned && queries[r].span == span;
     }
     if (turned) {
         return;
@@ -45,8 +50,8 @@ static void turn_queries(const struct tq_center * center, struct tq_center_query
         float c[16];
         float s[16];
         for (int i = 0; i < n_i; ++i) {
-            c[i] = 1.0f;
-            s[i] = 0.0f;
+            c[i] = middle[i0 + i];
+            s[i] = middle[i0 + i + n_pairs];
         }
         for (int part = 1; part < 3; ++part) {
             const int digit = page >> 8*(part - 1) & 0xff;
@@ -59,7 +64,7 @@ static void turn_queries(const struct tq_center * center, struct tq_center_query
             }
         }
         for (int r = 0; r < n; ++r) {
-            if (queries[r].page != page) {
+            if (queries[r].span != span) {
                 const float * w  = queries[r].w + i0;
                 float *       wp = queries[r].w + n_rot + i0;
                 for (int i = 0; i < n_i; ++i) {
@@ -70,19 +75,19 @@ static void turn_queries(const struct tq_center * center, struct tq_center_query
         }
     }
     for (int r = 0; r < n; ++r) {
-        queries[r].page = page;
+        queries[r].span = span;
     }
 }
 
 static int32_t run_of(int32_t pos) {
-    return pos <= 0 ? -1 : tq_center_clamp(pos)/PAGE; // -1: position 0
+    return pos <= 0 ? -1 : tq_center_clamp(pos)/SPAN; // -1: position 0
 }
 
 // cell j joins a run
 static void add_cell(struct tq_center_cells * cells, struct tq_center_run * run, int j, int32_t pos) {
     const int n = run->first + run->n;
     cells->cell[n] = (uint8_t) j;
-    cells->at  [n] = (uint8_t) (tq_center_clamp(pos)%PAGE);
+    cells->at  [n] = (uint8_t) (tq_center_clamp(pos)%SPAN);
     run->in_order  = run->in_order && (run->n == 0 || (cells->at[n] == cells->at[n - 1] + 1 && cells->cell[n] == cells->cell[n - 1] + 1));
     run->n++;
 }
@@ -96,11 +101,11 @@ static bool add_sequence(struct tq_center_cells * cells, const int32_t * pos, co
     if (other) {
         return false;
     }
-    const int at = tq_center_clamp(pos[0])%PAGE;
-    const int n  = PAGE - at < N ? PAGE - at : N; // in the first page
+    const int at = tq_center_clamp(pos[0])%SPAN;
+    const int n  = SPAN - at < N ? SPAN - at : N; // in the first span
     for (int j = 0; j < N; ++j) {
         cells->cell[j] = (uint8_t) j;
-        cells->at  [j] = (uint8_t) (at + j);
+        cells->at  [j] = (uint8_t) ((at + j)%SPAN);
     }
     cells->n_runs  = n < N ? 2 : 1;
     cells->runs[0] = (struct tq_center_run) { run_of(pos[0]),     0, n,     true };
@@ -112,15 +117,15 @@ void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, c
     if (add_sequence(cells, pos, used)) {
         return;
     }
-    // pages as they come, which are few unless sequences alternate
+    // spans as they come, which are few unless sequences alternate
     enum { MAX_RUNS = 4 };
     int n = 0; // cells
     int i = -1;
     for (int j = 0; j < N && i < MAX_RUNS; ++j) {
         if (used[j]) {
-            const int32_t page = run_of(pos[j]);
-            if (i < 0 || cells->runs[i].page != page) {
-                cells->runs[++i] = (struct tq_center_run) { page, n, 0, true };
+            const int32_t span = run_of(pos[j]);
+            if (i < 0 || cells->runs[i].span != span) {
+                cells->runs[++i] = (struct tq_center_run) { span, n, 0, true };
             }
             add_cell(cells, &cells->runs[i], j, pos[j]);
             n++;
@@ -130,7 +135,7 @@ void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, c
     if (i < MAX_RUNS) {
         return;
     }
-    // a page's cells together
+    // a span's cells together
     bool done[N];
     for (int j = 0; j < N; ++j) {
         done[j] = !used[j];
@@ -144,7 +149,7 @@ void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, c
         struct tq_center_run * run = &cells->runs[cells->n_runs++];
         *run = (struct tq_center_run) { run_of(pos[first]), n, 0, true };
         for (int j = first; j < N; ++j) {
-            if (!done[j] && run_of(pos[j]) == run->page) {
+            if (!done[j] && run_of(pos[j]) == run->span) {
                 add_cell(cells, run, j, pos[j]);
                 done[j] = true;
                 n++;
@@ -153,33 +158,21 @@ void tq_center_cells_init(struct tq_center_cells * cells, const int32_t * pos, c
     }
 }
 
-// a run's cells of one page for up to QUERIES queries; the blocks that they are in are computed as a whole
+// a run's cells of one span for up to QUERIES queries; the span is computed as a whole
 static void score_run(const struct tq_center * center, const struct tq_center_query * queries, int n, const struct tq_center_run * run,
         const uint8_t * cell, const uint8_t * at, float * scores, size_t step) {
     const int32_t n_rot  = center->n_rot;
     const float * angles = center->table + (int64_t) 3*PAGE*n_rot;
-    const float * w   [QUERIES];
-    float         sums[QUERIES][PAGE];
+    const float * w[QUERIES];
     for (int r = 0; r < n; ++r) {
         w[r] = queries[r].w + n_rot;
     }
-    bool done[PAGE/BLOCK] = { false };
-    for (int j = 0; j < run->n; j += run->in_order ? BLOCK - at[j]%BLOCK : 1) {
-        const int b = at[j]/BLOCK;
-        if (done[b]) {
-            continue;
-        }
-        done[b] = true;
-        for (int r = 0; r < n; ++r) {
-            const float rest = queries[r].w[2*n_rot];
-            for (int i = 0; i < BLOCK; ++i) {
-                sums[r][b*BLOCK + i] = rest;
-            }
-        }
-        if (n_rot > 0) {
-            tq_tile()->turns(angles + (int64_t) b*BLOCK*n_rot, n_rot, w, n, sums[0] + b*BLOCK, PAGE);
-        }
+    if (run->in_order && run->n == SPAN) {
+        tq_tile()->turns(angles, n_rot/2, w, n, scores, step);
+        return;
     }
+    float sums[QUERIES][SPAN] = { { 0 } };
+    tq_tile()->turns(angles, n_rot/2, w, n, sums[0], SPAN);
     for (int r = 0; r < n; ++r) {
         float * to = scores + r*step;
         if (run->in_order) {
@@ -202,15 +195,15 @@ void tq_center_scores(const struct tq_center * center, struct tq_center_query * 
         const struct tq_center_run * run = &cells->runs[i];
         const uint8_t * cell = cells->cell + run->first;
         const uint8_t * at   = cells->at   + run->first;
-        for (int r = 0; r < n && run->page < 0; ++r) {
+        for (int r = 0; r < n && run->span < 0; ++r) {
             for (int j = 0; j < run->n; ++j) {
                 scores[r*step + cell[j]] += queries[r].first;
             }
         }
-        if (run->page < 0) {
+        if (run->span < 0) {
             continue;
         }
-        turn_queries(center, queries, n, run->page);
+        turn_queries(center, queries, n, run->span);
         for (int r = 0; r < n; r += QUERIES) {
             score_run(center, queries + r, n - r < QUERIES ? n - r : QUERIES, run, cell, at, scores + r*step, step);
         }

@@ -6,19 +6,25 @@
 
 #define PAGE TQ_CENTER_PAGE
 
+// cosine and sine of pair i at position pos, the sine `sine` floats on
+static void make_angles(const double * freqs, int32_t i, double pos, float * dst, int32_t sine) {
+    dst[0]    = (float) cos(pos*freqs[i]);
+    dst[sine] = (float) sin(pos*freqs[i]);
+}
+
 void tq_center_make_table(const double * freqs, int32_t n_rot, float * table) {
     const int32_t n_pairs = n_rot/2;
-    for (int64_t row = 0; row < 3*PAGE; ++row) {
-        const double pos = (double) ((row%PAGE) << 8*(row/PAGE));
-        for (int32_t i = 0; i < n_pairs; ++i) {
-            table[row*n_rot + i]           = (float) cos(pos*freqs[i]);
-            table[row*n_rot + i + n_pairs] = (float) sin(pos*freqs[i]);
+    float * distances = table     + (int64_t) 3*PAGE*n_rot;
+    float * middles   = distances + (int64_t) TQ_CENTER_HALF*n_rot;
+    for (int32_t i = 0; i < n_pairs; ++i) {
+        for (int64_t row = 0; row < 3*PAGE; ++row) {
+            make_angles(freqs, i, (double) ((row%PAGE) << 8*(row/PAGE)), table + row*n_rot + i, n_pairs);
         }
-    }
-    float * blocks = table + (int64_t) 3*PAGE*n_rot;
-    for (int64_t row = 0; row < PAGE; ++row) {
-        for (int64_t i = 0; i < n_rot; ++i) {
-            blocks[(row/TQ_CENTER_BLOCK*n_rot + i)*TQ_CENTER_BLOCK + row%TQ_CENTER_BLOCK] = table[row*n_rot + i];
+        for (int32_t j = 0; j < TQ_CENTER_HALF; ++j) {
+            make_angles(freqs, i, j + 0.5, distances + i*TQ_CENTER_HALF + j, n_pairs*TQ_CENTER_HALF);
+        }
+        for (int32_t j = 0; j < PAGE/TQ_CENTER_SPAN; ++j) {
+            make_angles(freqs, i, j*TQ_CENTER_SPAN + TQ_CENTER_HALF - 0.5, middles + j*n_rot + i, n_pairs);
         }
     }
 }

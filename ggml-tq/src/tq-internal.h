@@ -41,8 +41,9 @@ ALWAYS_INLINE uint64_t tq_spread_bits(uint8_t b) {
 
 // centers (section 10)
 
-#define TQ_CENTER_PAGE  256 // positions whose angles one part of the table holds; the last part has the first one's
-#define TQ_CENTER_BLOCK 32  // in blocks of so many
+#define TQ_CENTER_PAGE 256 // positions whose angles one part of the table holds
+#define TQ_CENTER_SPAN 64  // positions that are scored together, from the middle both ways; as many as a tile's cells
+#define TQ_CENTER_HALF (TQ_CENTER_SPAN/2)
 
 ALWAYS_INLINE void tq_center_pair(const struct tq_center * center, int32_t i, int32_t * a, int32_t * b) {
     *a = center->neox ? i                   : 2*i;
@@ -63,8 +64,9 @@ struct tq_tile_functions {
     void (* split)(bool values, const float * x, const float * weights, float scale, struct tq_tile_numbers * dst);
     void (* multiply)(const int8_t * bytes, const struct tq_tile_numbers * numbers, int n, int32_t * sums, size_t step);
     int  (* coordinate)(int i);
-    // sums[r*step + j] += w[r][k]*angles[k*TQ_CENTER_BLOCK + j] for k from 0 to n - 1 in this order, each step rounded once (a
-    // fused multiply-add), j < TQ_CENTER_BLOCK: scores of centers have the same bits everywhere
+    // For j < TQ_CENTER_HALF: e = w[r][2*n], then e += w[r][k]*angles[k*TQ_CENTER_HALF + j] for k from 0 to n - 1 in this order; o = 0, then
+    // the same for k from n to 2*n - 1; each step rounded once (a fused multiply-add): scores of centers have the same bits everywhere.
+    // sums[r*step + TQ_CENTER_HALF + j] += e + o, sums[r*step + TQ_CENTER_HALF - 1 - j] += e - o
     void (* turns)(const float * angles, int32_t n, const float * const * w, int n_queries, float * sums, size_t step);
 };
 

@@ -150,80 +150,108 @@ TARGET_AVX2 static void avx2_split(bool values, const float * x, const float * w
     dst->sum = 0;
 }
 
-// n queries, n_vec registers of sums a query at a time
-ALWAYS_INLINE TARGET_AVX2 void avx2_multiply_n(int n, int n_vec, const int8_t * bytes, const struct tq_tile_numbers * numbers, int32_t * sums, size_t step) {
-    for (int v = 0; v < 16; v += n_vec) {
-        __m256i s[4][8];
+#define AVX2_DOT(sum, a, b) _mm256_add_epi32(sum, _mm256_madd_epi16(a, b))
+
+// n queries, n_vec registers of sums a query at a time; what makes the dot products, and how many queries share what is loaded, is the difference
+#define AVX2_MULTIPLY(name, target, many, dot) \
+ALWAYS_INLINE target void name##_n(int n, int n_vec, const int8_t * bytes, const struct tq_tile_numbers * numbers, int32_t * sums, size_t step) { \
+    for (int v = 0; v < 16; v += n_vec) { \
+        __m256i s[6][8]; \
+        for (int r = 0; r < n; ++r) { \
+            for (int l = 0; l < n_vec; ++l) { \
+                s[r][l] = _mm256_setzero_si256(); \
+            } \
+        } \
+        const int8_t * b = bytes + 32*v; \
+        for (int k = 0; k < N/4; ++k, b += 8*N) { \
+            __m256i x[8]; \
+            for (int l = 0; l < n_vec; ++l) { \
+                x[l] = _mm256_loadu_si256((const __m256i *) b + l); \
+            } \
+            for (int r = 0; r < n; ++r) { \
+                long long four; \
+                memcpy(&four, numbers[r].digits + 8*k, sizeof(four)); \
+                for (int l = 0; l < n_vec; ++l) { \
+                    s[r][l] = dot(s[r][l], x[l], _mm256_set1_epi64x(four)); \
+                    IN_REGISTER(s[r][l]); \
+                } \
+            } \
+        } \
+        for (int r = 0; r < n; ++r) { \
+            for (int l = 0; l < n_vec; l += 2) { \
+                const __m256i sum = _mm256_permute4x64_epi64(_mm256_hadd_epi32(s[r][l], s[r][l + 1]), 0xd8); \
+                __m256i * to = (__m256i *) (sums + r*step + 4*(v + l)); \
+                _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), sum)); \
+            } \
+        } \
+    } \
+} \
+target static void name(const int8_t * bytes, const struct tq_tile_numbers * numbers, int n, int32_t * sums, size_t step) { \
+    for (; n >= many; n -= many, numbers += many, sums += many*step) { \
+        name##_n(many, 2, bytes, numbers, sums, step); \
+    } \
+    switch (n) { \
+        case 5: name##_n(5, 2, bytes, numbers, sums, step); break; \
+        case 4: name##_n(4, 2, bytes, numbers, sums, step); break; \
+        case 3: name##_n(3, 2, bytes, numbers, sums, step); break; \
+        case 2: name##_n(2, 4, bytes, numbers, sums, step); break; \
+        case 1: name##_n(1, 8, bytes, numbers, sums, step); break; \
+    } \
+}
+
+AVX2_MULTIPLY(avx2_multiply, TARGET_AVX2, 4, AVX2_DOT)
+
+// n_vec registers of distances of n queries: the cosines' sums, or the sines'
+ALWAYS_INLINE TARGET_AVX2 void avx2_turn_half(int n, int n_vec, const float * angles, int32_t n_pairs, const float * const * w, bool sines, float (* dst)[32]) {
+    __m256 s[6][4];
+    for (int r = 0; r < n; ++r) {
+        UNROLL
+        for (int l = 0; l < n_vec; ++l) {
+            s[r][l] = sines ? _mm256_setzero_ps() : _mm256_set1_ps(w[r][2*n_pairs]);
+        }
+    }
+    angles += sines ? n_pairs*TQ_CENTER_HALF : 0;
+    const int32_t first = sines ? n_pairs : 0;
+    for (int32_t k = first; k < first + n_pairs; ++k, angles += TQ_CENTER_HALF) {
+        __m256 x[4];
+        UNROLL
+        for (int l = 0; l < n_vec; ++l) {
+            x[l] = _mm256_loadu_ps(angles + 8*l);
+        }
         for (int r = 0; r < n; ++r) {
+            const __m256 wk = _mm256_set1_ps(w[r][k]);
+            UNROLL
             for (int l = 0; l < n_vec; ++l) {
-                s[r][l] = _mm256_setzero_si256();
+                s[r][l] = _mm256_fmadd_ps(wk, x[l], s[r][l]);
+                IN_REGISTER(s[r][l]);
             }
         }
-        const int8_t * b = bytes + 32*v;
-        for (int k = 0; k < N/4; ++k, b += 8*N) {
-            __m256i x[8];
-            for (int l = 0; l < n_vec; ++l) {
-                x[l] = _mm256_loadu_si256((const __m256i *) b + l);
-            }
-            for (int r = 0; r < n; ++r) {
-                long long four;
-                memcpy(&four, numbers[r].digits + 8*k, sizeof(four));
-                for (int l = 0; l < n_vec; ++l) {
-                    s[r][l] = _mm256_add_epi32(s[r][l], _mm256_madd_epi16(x[l], _mm256_set1_epi64x(four)));
-                    IN_REGISTER(s[r][l]);
-                }
-            }
-        }
-        for (int r = 0; r < n; ++r) {
-            for (int l = 0; l < n_vec; l += 2) {
-                const __m256i sum = _mm256_permute4x64_epi64(_mm256_hadd_epi32(s[r][l], s[r][l + 1]), 0xd8);
-                __m256i * to = (__m256i *) (sums + r*step + 4*(v + l));
-                _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), sum));
-            }
+    }
+    for (int r = 0; r < n; ++r) {
+        UNROLL
+        for (int l = 0; l < n_vec; ++l) {
+            _mm256_storeu_ps(dst[r] + 8*l, s[r][l]);
         }
     }
 }
 
-TARGET_AVX2 static void avx2_multiply(const int8_t * bytes, const struct tq_tile_numbers * numbers, int n, int32_t * sums, size_t step) {
-    for (; n >= 4; n -= 4, numbers += 4, sums += 4*step) {
-        avx2_multiply_n(4, 2, bytes, numbers, sums, step);
-    }
-    switch (n) {
-        case 3: avx2_multiply_n(3, 2, bytes, numbers, sums, step); break;
-        case 2: avx2_multiply_n(2, 4, bytes, numbers, sums, step); break;
-        case 1: avx2_multiply_n(1, 8, bytes, numbers, sums, step); break;
-    }
-}
-
-// a block's sums of n queries, n_vec registers of positions at a time
-ALWAYS_INLINE TARGET_AVX2 void avx2_turn(int n, int n_vec, const float * angles, int32_t n_angles, const float * const * w, float * sums, size_t step) {
-    for (int i = 0; i < TQ_CENTER_BLOCK; i += 8*n_vec) {
-        __m256 s[6][4];
+ALWAYS_INLINE TARGET_AVX2 void avx2_turn(int n, int n_vec, const float * angles, int32_t n_pairs, const float * const * w, float * sums, size_t step) {
+    for (int i = 0; i < TQ_CENTER_HALF; i += 8*n_vec) {
+        float e[6][32];
+        float o[6][32];
+        avx2_turn_half(n, n_vec, angles + i, n_pairs, w, false, e);
+        IN_MEMORY(e);
+        avx2_turn_half(n, n_vec, angles + i, n_pairs, w, true,  o);
         for (int r = 0; r < n; ++r) {
-            UNROLL
-            for (int l = 0; l < n_vec; ++l) {
-                s[r][l] = _mm256_loadu_ps(sums + r*step + i + 8*l);
-            }
-        }
-        const float * a = angles + i;
-        for (int32_t k = 0; k < n_angles; ++k, a += TQ_CENTER_BLOCK) {
-            __m256 x[4];
-            UNROLL
-            for (int l = 0; l < n_vec; ++l) {
-                x[l] = _mm256_loadu_ps(a + 8*l);
-            }
-            for (int r = 0; r < n; ++r) {
-                const __m256 wk = _mm256_set1_ps(w[r][k]);
-                UNROLL
-                for (int l = 0; l < n_vec; ++l) {
-                    s[r][l] = _mm256_fmadd_ps(wk, x[l], s[r][l]);
-                }
-            }
-        }
-        for (int r = 0; r < n; ++r) {
-            UNROLL
-            for (int l = 0; l < n_vec; ++l) {
-                _mm256_storeu_ps(sums + r*step + i + 8*l, s[r][l]);
+            float * middle = sums + r*step + TQ_CENTER_HALF;
+            for (int j = 0; j < 8*n_vec; j += 8) {
+                const __m256 x = _mm256_loadu_ps(e[r] + j);
+                const __m256 y = _mm256_loadu_ps(o[r] + j);
+                const __m256 less = _mm256_permutevar8x32_ps(_mm256_sub_ps(x, y), _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+                float * up   = middle + i + j;
+                float * down = middle - i - j - 8;
+                _mm256_storeu_ps(up,   _mm256_add_ps(_mm256_loadu_ps(up),   _mm256_add_ps(x, y)));
+                _mm256_storeu_ps(down, _mm256_add_ps(_mm256_loadu_ps(down), less));
             }
         }
     }
@@ -249,5 +277,24 @@ static bool avx2_available(void) {
 static const struct tq_tile_functions tile_avx2 = {
     "avx2", avx2_available, avx2_unpack, avx2_scales, avx2_split, avx2_multiply, avx2_coordinate, avx2_turns,
 };
+
+#ifdef TQ_TILE_AVXVNNI
+
+// AVX-VNNI: as AVX2, with the sum of products in one instruction
+
+#define TARGET_AVXVNNI TARGET("avx2,f16c,fma,avxvnni")
+
+AVX2_MULTIPLY(avxvnni_multiply, TARGET_AVXVNNI, 6, _mm256_dpwssd_avx_epi32)
+
+static bool avxvnni_available(void) { // compilers differ in which names of features they know
+    unsigned a, b, c, d;
+    return CPU_HAS_AVX2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+static const struct tq_tile_functions tile_avxvnni = {
+    "avxvnni", avxvnni_available, avx2_unpack, avx2_scales, avx2_split, avxvnni_multiply, avx2_coordinate, avx2_turns,
+};
+
+#endif
 
 #endif

@@ -246,35 +246,47 @@ TARGET_AVX512 static void avx512_multiply_all(const int8_t * bytes, const struct
     }
 }
 
-
-// a block's sums of n queries in registers
-ALWAYS_INLINE TARGET_AVX512 void avx512_turn(int n, const float * angles, int32_t n_angles, const float * const * w, float * sums, size_t step) {
-    __m512 s[4][2];
+// all distances of n queries
+ALWAYS_INLINE TARGET_AVX512 void avx512_turn(int n, const float * angles, int32_t n_pairs, const float * const * w, float * sums, size_t step) {
+    __m512 e[6][2];
+    __m512 o[6][2];
     for (int r = 0; r < n; ++r) {
         for (int l = 0; l < 2; ++l) {
-            s[r][l] = _mm512_loadu_ps(sums + r*step + 16*l);
+            e[r][l] = _mm512_set1_ps(w[r][2*n_pairs]);
+            o[r][l] = _mm512_setzero_ps();
         }
     }
-    for (int32_t k = 0; k < n_angles; ++k, angles += TQ_CENTER_BLOCK) {
-        const __m512 a[2] = { _mm512_loadu_ps(angles), _mm512_loadu_ps(angles + 16) };
-        for (int r = 0; r < n; ++r) {
-            for (int l = 0; l < 2; ++l) {
-                s[r][l] = _mm512_fmadd_ps(_mm512_set1_ps(w[r][k]), a[l], s[r][l]);
+    const float * sines = angles + n_pairs*TQ_CENTER_HALF;
+    for (int32_t k = 0; k < n_pairs; ++k, angles += TQ_CENTER_HALF, sines += TQ_CENTER_HALF) {
+        for (int l = 0; l < 2; ++l) {
+            const __m512 c = _mm512_loadu_ps(angles + 16*l);
+            const __m512 s = _mm512_loadu_ps(sines  + 16*l);
+            for (int r = 0; r < n; ++r) {
+                e[r][l] = _mm512_fmadd_ps(_mm512_set1_ps(w[r][k]),           c, e[r][l]);
+                o[r][l] = _mm512_fmadd_ps(_mm512_set1_ps(w[r][k + n_pairs]), s, o[r][l]);
             }
         }
     }
+    const __m512i reverse = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (int r = 0; r < n; ++r) {
+        float * middle = sums + r*step + TQ_CENTER_HALF;
         for (int l = 0; l < 2; ++l) {
-            _mm512_storeu_ps(sums + r*step + 16*l, s[r][l]);
+            float * up   = middle + 16*l;
+            float * down = middle - 16*l - 16;
+            const __m512 less = _mm512_permutexvar_ps(reverse, _mm512_sub_ps(e[r][l], o[r][l]));
+            _mm512_storeu_ps(up,   _mm512_add_ps(_mm512_loadu_ps(up),   _mm512_add_ps(e[r][l], o[r][l])));
+            _mm512_storeu_ps(down, _mm512_add_ps(_mm512_loadu_ps(down), less));
         }
     }
 }
 
 TARGET_AVX512 static void avx512_turns(const float * angles, int32_t n, const float * const * w, int n_queries, float * sums, size_t step) {
-    for (; n_queries >= 4; n_queries -= 4, w += 4, sums += 4*step) {
-        avx512_turn(4, angles, n, w, sums, step);
+    for (; n_queries >= 6; n_queries -= 6, w += 6, sums += 6*step) {
+        avx512_turn(6, angles, n, w, sums, step);
     }
     switch (n_queries) {
+        case 5: avx512_turn(5, angles, n, w, sums, step); break;
+        case 4: avx512_turn(4, angles, n, w, sums, step); break;
         case 3: avx512_turn(3, angles, n, w, sums, step); break;
         case 2: avx512_turn(2, angles, n, w, sums, step); break;
         case 1: avx512_turn(1, angles, n, w, sums, step); break;

@@ -204,34 +204,47 @@ target static void name(const int8_t * bytes, const struct tq_tile_numbers * num
 
 NEON_MULTIPLY(neon_multiply, , neon_dot)
 
-// a block's sums of n queries in registers
-ALWAYS_INLINE void neon_turn(int n, const float * angles, int32_t n_angles, const float * const * w, float * sums, size_t step) {
-    float32x4_t s[2][8];
+// half of a span's distances, from i on, of n queries
+ALWAYS_INLINE void neon_turn(int n, int i, const float * angles, int32_t n_pairs, const float * const * w, float * sums, size_t step) {
+    float32x4_t e[2][4];
+    float32x4_t o[2][4];
     for (int r = 0; r < n; ++r) {
-        for (int l = 0; l < 8; ++l) {
-            s[r][l] = vld1q_f32(sums + r*step + 4*l);
+        for (int l = 0; l < 4; ++l) {
+            e[r][l] = vdupq_n_f32(w[r][2*n_pairs]);
+            o[r][l] = vdupq_n_f32(0.0f);
         }
     }
-    for (int32_t k = 0; k < n_angles; ++k, angles += TQ_CENTER_BLOCK) {
+    angles += i;
+    const float * sines = angles + n_pairs*TQ_CENTER_HALF;
+    for (int32_t k = 0; k < n_pairs; ++k, angles += TQ_CENTER_HALF, sines += TQ_CENTER_HALF) {
         for (int r = 0; r < n; ++r) {
-            for (int l = 0; l < 8; ++l) {
-                s[r][l] = vfmaq_n_f32(s[r][l], vld1q_f32(angles + 4*l), w[r][k]);
+            for (int l = 0; l < 4; ++l) {
+                e[r][l] = vfmaq_n_f32(e[r][l], vld1q_f32(angles + 4*l), w[r][k]);
+                o[r][l] = vfmaq_n_f32(o[r][l], vld1q_f32(sines  + 4*l), w[r][k + n_pairs]);
             }
         }
     }
     for (int r = 0; r < n; ++r) {
-        for (int l = 0; l < 8; ++l) {
-            vst1q_f32(sums + r*step + 4*l, s[r][l]);
+        float * middle = sums + r*step + TQ_CENTER_HALF;
+        for (int l = 0; l < 4; ++l) {
+            const float32x4_t less = vrev64q_f32(vsubq_f32(e[r][l], o[r][l]));
+            float * up   = middle + i + 4*l;
+            float * down = middle - i - 4*l - 4;
+            vst1q_f32(up,   vaddq_f32(vld1q_f32(up),   vaddq_f32(e[r][l], o[r][l])));
+            vst1q_f32(down, vaddq_f32(vld1q_f32(down), vextq_f32(less, less, 2)));
         }
     }
 }
 
 static void neon_turns(const float * angles, int32_t n, const float * const * w, int n_queries, float * sums, size_t step) {
-    for (; n_queries >= 2; n_queries -= 2, w += 2, sums += 2*step) {
-        neon_turn(2, angles, n, w, sums, step);
-    }
-    if (n_queries == 1) {
-        neon_turn(1, angles, n, w, sums, step);
+    for (; n_queries > 0; n_queries -= 2, w += 2, sums += 2*step) {
+        for (int i = 0; i < TQ_CENTER_HALF; i += 16) {
+            if (n_queries > 1) {
+                neon_turn(2, i, angles, n, w, sums, step);
+            } else {
+                neon_turn(1, i, angles, n, w, sums, step);
+            }
+        }
     }
 }
 

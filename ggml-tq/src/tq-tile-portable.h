@@ -71,7 +71,7 @@ static int portable_coordinate(int i) {
 #ifdef FP_FAST_FMAF
 
 ALWAYS_INLINE void portable_step(float w, const float * a, float * s) {
-    for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
+    for (int j = 0; j < TQ_CENTER_HALF; ++j) {
         s[j] = fmaf(w, a[j], s[j]);
     }
 }
@@ -96,30 +96,30 @@ static float portable_mul_add(float a, float b, float c) {
 // A sum in double precision rounds like the exact one unless it is half way between floats, or not a normal float.
 ALWAYS_INLINE void portable_step(float w, const float * a, float * s) {
     if (w == 0.0f) {
-        for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
+        for (int j = 0; j < TQ_CENTER_HALF; ++j) {
             s[j] += w*a[j];
         }
         return;
     }
-    double   sum[TQ_CENTER_BLOCK];
-    uint64_t u  [TQ_CENTER_BLOCK];
-    for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
+    double   sum[TQ_CENTER_HALF];
+    uint64_t u  [TQ_CENTER_HALF];
+    for (int j = 0; j < TQ_CENTER_HALF; ++j) {
         sum[j] = (double) w*a[j] + s[j];
     }
     memcpy(u, sum, sizeof(u));
     uint64_t careful = 0; // the highest bit
-    for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
+    for (int j = 0; j < TQ_CENTER_HALF; ++j) {
         const uint64_t half = (u[j] & 0x1fffffff) ^ 0x10000000;     // 0: half way
         careful |= half - 1;
         careful |= (u[j] << 1) - (UINT64_C(897) << 53);              // exponents below a normal float's; none is beyond a float's
     }
     if (careful >> 63) {
-        for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
+        for (int j = 0; j < TQ_CENTER_HALF; ++j) {
             s[j] = portable_mul_add(w, a[j], s[j]);
         }
         return;
     }
-    for (int j = 0; j < TQ_CENTER_BLOCK; ++j) {
+    for (int j = 0; j < TQ_CENTER_HALF; ++j) {
         s[j] = (float) sum[j];
     }
 }
@@ -128,12 +128,21 @@ ALWAYS_INLINE void portable_step(float w, const float * a, float * s) {
 
 static void portable_turns(const float * angles, int32_t n, const float * const * w, int n_queries, float * sums, size_t step) {
     for (int r = 0; r < n_queries; ++r) {
-        float s[TQ_CENTER_BLOCK];
-        memcpy(s, sums + r*step, sizeof(s));
-        for (int32_t k = 0; k < n; ++k) {
-            portable_step(w[r][k], angles + k*TQ_CENTER_BLOCK, s);
+        float e[TQ_CENTER_HALF];
+        float o[TQ_CENTER_HALF];
+        for (int j = 0; j < TQ_CENTER_HALF; ++j) {
+            e[j] = w[r][2*n];
+            o[j] = 0.0f;
         }
-        memcpy(sums + r*step, s, sizeof(s));
+        for (int32_t k = 0; k < n; ++k) {
+            portable_step(w[r][k],     angles + k*TQ_CENTER_HALF,       e);
+            portable_step(w[r][k + n], angles + (k + n)*TQ_CENTER_HALF, o);
+        }
+        float * middle = sums + r*step + TQ_CENTER_HALF;
+        for (int j = 0; j < TQ_CENTER_HALF; ++j) {
+            middle[j]      += e[j] + o[j];
+            middle[-1 - j] += e[j] - o[j];
+        }
     }
 }
 

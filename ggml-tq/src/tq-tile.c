@@ -12,6 +12,10 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #define TQ_TILE_X86
 #include <immintrin.h>
+#if defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11
+#define TQ_TILE_AVXVNNI
+#include <cpuid.h>
+#endif
 #endif
 #if defined(__aarch64__)
 #define TQ_TILE_NEON
@@ -29,6 +33,7 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
 #define IN_REGISTER(x) __asm__("" : "+v"(x)) // of a sum in a loop; gcc copies each to another register and back otherwise
+#define IN_MEMORY(x)   __asm__("" : "+m"(x)) // of sums that are complete, while registers are needed for others
 #define CPU_HAS_AVX2   (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) // and F16C, which came before
 #define CPU_HAS_AVX512 (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
     __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
@@ -36,6 +41,7 @@
 #define TARGET(features)
 #define UNROLL
 #define IN_REGISTER(x)
+#define IN_MEMORY(x)
 #ifdef __AVX2__
 #define CPU_HAS_AVX2 true
 #else
@@ -145,6 +151,9 @@ ALWAYS_INLINE const uint8_t * row_at(const uint8_t * first, size_t stride, int n
 static const struct tq_tile_functions * const all_tiles[] = {
 #ifdef TQ_TILE_X86
     &tile_avx512,
+#ifdef TQ_TILE_AVXVNNI
+    &tile_avxvnni,
+#endif
     &tile_avx2,
 #endif
 #ifdef TQ_TILE_DOTPROD

@@ -389,12 +389,16 @@ struct unit {
                 tq_tile_scales(first, a.k.t->nb[1], (int) n_cells(cell), d);
                 for (int64_t part = 0; part < a.k.n_parts; ++part) {
                     const int64_t i0 = (b*a.k.n_parts + part)*ROWS;
-                    memset(s.sums, 0, n_rows*CELLS*sizeof(int32_t));
-                    tq_tile_multiply(bytes[part], s.qn + i0, (int) n_rows, s.sums, CELLS);
-                    for (int64_t r = 0; r < n_rows; ++r) {
-                        const float f = s.qs[i0 + r];
-                        for (int64_t i = 0; i < CELLS; ++i) {
-                            s.tile[r*CELLS + i] += f*d[i]*(float) s.sums[r*CELLS + i];
+                    for (int64_t r0 = 0; r0 < n_rows; r0 += 12) { // few, so that their sums stay near
+                        const int64_t n = std::min((int64_t) 12, n_rows - r0);
+                        memset(s.sums, 0, n*CELLS*sizeof(int32_t));
+                        tq_tile_multiply(bytes[part], s.qn + i0 + r0, (int) n, s.sums, CELLS);
+                        for (int64_t r = 0; r < n; ++r) {
+                            const float f = s.qs[i0 + r0 + r];
+                            float *     t = s.tile + (r0 + r)*CELLS;
+                            for (int64_t i = 0; i < CELLS; ++i) {
+                                t[i] += f*d[i]*(float) s.sums[r*CELLS + i];
+                            }
                         }
                     }
                 }
@@ -413,6 +417,7 @@ struct unit {
             tq_center_cells_init(&cells, (const int32_t *) ((const char *) a.center.pos->data + stream*a.center.pos->nb[1]) + cell, used);
             tq_center_scores(&a.center.center, qc, (int) n_rows, &cells, s.tile, CELLS);
         }
+        const int32_t hidden = (int32_t) 0xff800000; // -INFINITY
         for (int64_t r = 0; r < n_rows; ++r) {
             const float * x = s.tile + r*CELLS;
             const float * b = bias[r];
@@ -423,9 +428,16 @@ struct unit {
                     p[i] = b[i] == -INFINITY ? -INFINITY : a.softcap*tanhf(x[i]*a.scale) + b[i];
                 }
             } else {
+                float y[CELLS];
                 for (int64_t i = 0; i < CELLS; ++i) {
-                    const float y = x[i]*scale + b[i];
-                    p[i] = b[i] == -INFINITY ? -INFINITY : y;
+                    y[i] = x[i]*scale + b[i];
+                }
+                for (int64_t i = 0; i < CELLS; ++i) { // whatever y is; as integers, which vectorizes
+                    int32_t u, v;
+                    memcpy(&u, y + i, sizeof(u));
+                    memcpy(&v, b + i, sizeof(v));
+                    u = v == hidden ? v : u;
+                    memcpy(p + i, &u, sizeof(u));
                 }
             }
         }
