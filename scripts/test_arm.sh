@@ -18,9 +18,9 @@ done
 
 out=build/arm
 mkdir -p $out
-# sources and flags of CMakeLists.txt
+# flags of CMakeLists.txt
 "$CC" -std=gnu11 -O3 -ffp-contract=off -Wall -Wextra -Wpedantic -static -Iggml-tq/include -o $out/test-tq \
-    tests/c/test-tq.c ggml-tq/src/tq.c ggml-tq/src/tq-trellis.c ggml-tq/src/tq-center.c ggml-tq/src/tq-center-scores.c ggml-tq/src/tq-tile.c -lm
+    tests/c/test-tq.c ggml-tq/src/*.c -lm
 
 seed=${1:-$(date +%s)}
 echo "== without dot products"
