@@ -9,7 +9,6 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import pytest
 from conftest import REPO
 
 CHECK = """
