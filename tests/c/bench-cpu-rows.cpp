@@ -1,13 +1,14 @@
 // Time of what the library does with rows, one thread: every implementation of this machine, beside the speed of its memory.
-// Subjects are run in turn, round by round, so that a busy machine disturbs all alike; shown are medians over rounds.
+// Subjects are run in turn, round by round, so that a busy machine disturbs all alike; what is measured is the processor's time, not
+// that of others. Shown are medians over rounds.
 
 #include "ggml-tq.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <functional>
 #include <random>
 #include <string>
@@ -67,16 +68,16 @@ static void measure(subject & s, int64_t n_rows, int64_t step) {
     } else if (!s.implementation.empty()) {
         tq_rows_use(s.implementation.c_str());
     }
-    double  total = 0.0;
-    int64_t n     = 0;
-    while (total < 0.02) {
-        const auto start = std::chrono::steady_clock::now();
+    const std::clock_t start = std::clock();
+    std::clock_t ticks = 0;
+    int64_t n = 0;
+    while (ticks < CLOCKS_PER_SEC/50) {
         s.run(s.at, step);
-        total += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-        n     += step;
-        s.at = s.at + 2*step <= n_rows ? s.at + step : 0;
+        n += step;
+        s.at  = s.at + 2*step <= n_rows ? s.at + step : 0;
+        ticks = std::clock() - start;
     }
-    s.seconds.push_back(total/(double) n);
+    s.seconds.push_back((double) ticks/CLOCKS_PER_SEC/(double) n);
 }
 
 int main(int argc, char ** argv) {
@@ -106,7 +107,7 @@ int main(int argc, char ** argv) {
 
     const tq_params * params = tq_params_default();
     const int64_t n      = o.n;
-    const int64_t n_rows = std::max((int64_t) o.mib*262144/n/64*64, (int64_t) 128);
+    const int64_t n_rows = std::max((int64_t) o.mib*262144/n/64*64, (int64_t) 256);
     std::vector<float> x(n_rows*n), y(n_rows*n);
     std::vector<tq_query_block> query(n/64);
     std::mt19937 rng(1);
@@ -183,14 +184,14 @@ int main(int argc, char ** argv) {
     }
     for (int round = -1; round < o.n_rounds; ++round) { // the first does not count
         for (auto & s : subjects) {
-            measure(s, n_rows, 64);
+            measure(s, n_rows, 256);
             if (round < 0) {
                 s.seconds.clear();
             }
         }
     }
     if (!o.json) {
-        printf("rows of %d, %d MiB of floats, %d queries of tiles, one thread, median of %d rounds\n", o.n, o.mib, o.n_q, o.n_rounds);
+        printf("rows of %d, %d MiB of floats, %d queries of tiles, processor time of one thread, median of %d rounds\n", o.n, o.mib, o.n_q, o.n_rounds);
         printf("| | type | implementation | ns a value | packed GB/s | float GB/s |\n|---|---|---|--:|--:|--:|\n");
     }
     for (auto & s : subjects) {
