@@ -80,9 +80,9 @@ def report(path: Path) -> None:
     lines = [
         "# Rows on the CPU",
         "",
-        "Time of one thread: nanoseconds a value, and bytes a second of packed rows and of the floats that they are made",
-        "of or become. Implementations are the library's, in turn in one process; medians of rounds, of the processor's",
-        "own time. Tiles are unpacked and multiplied with the numbers of four queries. Attention is the whole",
+        "Time of one thread: nanoseconds a value, and bytes a second of packed rows and of the floats that they are",
+        "made of or become. Implementations are the library's, in turn in one process; medians of rounds, of the",
+        "processor's own time. Tiles are unpacked and multiplied with the numbers of four queries. Attention is",
         "FLASH_ATTN_EXT over 8192 cells, 8 key heads of 128, four query heads on each; the least of the rounds' times.",
         "",
         f"{records[0]['cpu']}, {records[0]['date']}; load averages {loads[0]} to {loads[-1]}.",
