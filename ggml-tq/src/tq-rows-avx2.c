@@ -42,7 +42,6 @@ ALWAYS_INLINE vec nearer(vec a, vec b) {
 }
 
 ALWAYS_INLINE ints load_ints (const uint32_t * p)   { return _mm256_loadu_si256((const __m256i *) p); }
-ALWAYS_INLINE void store_ints(uint32_t * p, ints a) { _mm256_storeu_si256((__m256i *) p, a); }
 ALWAYS_INLINE ints set_ints  (uint32_t a)           { return _mm256_set1_epi32((int) a); }
 ALWAYS_INLINE ints bits_of   (vec a)                { return _mm256_castps_si256(a); }
 ALWAYS_INLINE ints and_ints  (ints a, ints b)       { return _mm256_and_si256(a, b); }

@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-TQ_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,prefer-vector-width=512")
+TQ_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2")
 
 #define LANES 16
 
