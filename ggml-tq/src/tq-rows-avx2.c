@@ -1,4 +1,5 @@
-// Rows with AVX2.
+// Rows with AVX2: the operations of tq-rows-lanes.h.
+// Compile without floating-point contraction, with -O3.
 
 #include "tq-internal.h"
 

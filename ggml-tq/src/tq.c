@@ -1,4 +1,4 @@
-// The reference implementation of docs/format.md in portable C: the section numbers below are its.
+// Types, parameters, and the functions of ggml-tq.h on rows, which tq-rows.h has. Sections are those of docs/format.md.
 // Compile without floating-point contraction: encoders must agree to the bit.
 
 #include "tq-internal.h"
