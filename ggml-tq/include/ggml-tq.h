@@ -134,6 +134,15 @@ void tq_decode_rotated(const struct tq_params * params, enum tq_type type, const
 void tq_sketch  (const struct tq_params * params, const float * x, float * y, int64_t n);
 void tq_unsketch(const struct tq_params * params, const float * y, float * x, int64_t n);
 
+// All of these are there several times, of the same bits, and the fastest that the machine has is in use.
+
+// the implementations that this machine has, the fastest first; NULL from their number on
+const char * tq_rows_name(int i);
+
+// for tests and benchmarks, while nothing else is computed: the implementation of this name from now on. Returns the name of the one in use if name
+// is NULL, NULL if this machine has none of that name.
+const char * tq_rows_use(const char * name);
+
 // Attention on tiles (section 6): one block of up to 64 packed rows becomes bytes, which are multiplied with the numbers of
 // many queries. Keys: a tile's lanes are its rows, a query's numbers its 64 rotated coordinates. Values: the lanes are
 // coordinates, a query's numbers its weights of the 64 rows. Part 0 of a block are its levels, rounded to 8 bits (those of

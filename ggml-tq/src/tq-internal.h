@@ -6,9 +6,6 @@
 
 #define N TQ_BLOCK_SIZE
 
-// sum(a*b) of one block in the order of section 3
-float tq_block_dot(const float * a, const float * b);
-
 float tq_half_to_float(uint16_t h);
 
 // for functions that are fast where their kind, or number of bits, is a constant
@@ -38,6 +35,52 @@ ALWAYS_INLINE uint64_t tq_spread_bits(uint8_t b) {
     const uint64_t x = (b*0x0101010101010101ull) & 0x8040201008040201ull;
     return ((x + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull;
 }
+
+// and back: bit 0 of byte i to bit i
+ALWAYS_INLINE uint8_t tq_gather_bits(uint64_t x) {
+    return (uint8_t) (((x & 0x0101010101010101ull)*0x0102040810204080ull) >> 56);
+}
+
+// codes[i] to planes: 8 coordinates a byte
+ALWAYS_INLINE void tq_pack(const uint8_t * codes, int n_planes, uint8_t * planes) {
+    for (int j = 0; j < N/8; ++j) {
+        const uint64_t w = tq_load_u64(codes + 8*j);
+        for (int p = 0; p < n_planes; ++p) {
+            planes[8*p + j] = tq_gather_bits(w >> p);
+        }
+    }
+}
+
+// rows (sections 3 to 6): one implementation (tq-rows.h), for what a machine has
+
+struct tq_rows_functions {
+    const char * name;
+    bool  (* available)(void); // on this machine
+    void  (* encode)(const struct tq_params * params, enum tq_type type, const float * x, uint8_t * dst, int64_t n);
+    void  (* decode)(const struct tq_params * params, enum tq_type type, bool rotated, const uint8_t * src, float * y, int64_t n);
+    void  (* transform)(const float * from, float * to, int64_t n, const float * signs, bool inverse);
+    void  (* encode_query)(const struct tq_params * params, const float * a, tq_query_block * dst, int64_t n);
+    float (* dot)(const struct tq_params * params, enum tq_type type, const uint8_t * k, const tq_query_block * q, int64_t n);
+};
+
+extern const struct tq_rows_functions tq_rows_portable, tq_rows_avx2, tq_rows_avx512;
+
+// the one in use
+const struct tq_rows_functions * tq_rows(void);
+
+// a file for processors that have more than the compiler was told of
+#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+#define TQ_X86
+#define TQ_CPU_HAS(feature) __builtin_cpu_supports(feature)
+#define TQ_PRAGMA(x) _Pragma(#x)
+#ifdef __clang__
+#define TQ_BEGIN_TARGET(features) TQ_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define TQ_END_TARGET             TQ_PRAGMA(clang attribute pop)
+#else
+#define TQ_BEGIN_TARGET(features) TQ_PRAGMA(GCC push_options) TQ_PRAGMA(GCC target(features))
+#define TQ_END_TARGET             TQ_PRAGMA(GCC pop_options)
+#endif
+#endif
 
 // centers (section 10)
 
@@ -76,7 +119,7 @@ const struct tq_tile_functions * tq_tile(void);
 // trellis codes (section 9), bits 2, 3 or 4
 
 #define TQ_TRELLIS_INDEX_BITS 5 // of the index into the table of levels
-#define TQ_TRELLIS_BATCH      8 // blocks that are encoded together
+#define TQ_TRELLIS_BATCH      16 // blocks that are encoded together
 
 const float * tq_trellis_table(int bits); // [32]
 

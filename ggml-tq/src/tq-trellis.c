@@ -1,36 +1,21 @@
 // Trellis codes: docs/format.md, section 9. Decoding is word operations on bit planes and one table; encoding is Viterbi's
 // algorithm. Compile without floating-point contraction.
 
-#include "tq-internal.h"
-#include "tq-codebooks.h"
+#include "tq-trellis.h"
 
 #include <math.h>
 #include <string.h>
 
-#define STATES    32
-#define MULTIPLES 5
+#define STATES    TQ_TRELLIS_STATES
+#define MULTIPLES TQ_TRELLIS_MULTIPLES
 #define LANES     8 // searches side by side, one a block and multiple: more would idle in short rows
 
-struct code {
-    float table[32];
-    int   taps[4]; // of bit i of the label, 0 beyond the last
-    int   n_label_bits;
-};
-
-static const struct code codes_by_bits[] = {
-    [2] = { TQ_TRELLIS_2B, TQ_TRELLIS_TAPS_2B, 4 },
-    [3] = { TQ_TRELLIS_3B, TQ_TRELLIS_TAPS_3B, 3 },
-    [4] = { TQ_TRELLIS_4B, TQ_TRELLIS_TAPS_4B, 2 },
-};
-
-static const float multiples[MULTIPLES] = { 0.85214379f, 0.92311635f, 1.0f, 1.08328707f, 1.17351087f };
-
 const float * tq_trellis_table(int bits) {
-    return codes_by_bits[bits].table;
+    return tq_trellis_codes[bits].table;
 }
 
 void tq_trellis_index_planes(int bits, const uint8_t * planes, uint8_t * index) {
-    const struct code * code = &codes_by_bits[bits];
+    const struct tq_trellis * code = &tq_trellis_codes[bits];
     memcpy(index, planes, (size_t) (bits - 1)*8);
     index += (bits - 1)*8;
 
@@ -45,10 +30,6 @@ void tq_trellis_index_planes(int bits, const uint8_t * planes, uint8_t * index) 
 //
 // Arrays end in lanes: compilers make vectors of them. Sums and comparisons are those of section 9, in its order.
 //
-
-#define PARITY(x) ((int) (0x96696996u >> ((x) & 31) & 1) ^ (x) >> 5) // of six bits
-#define LABEL(r)  (PARITY(code->taps[0] & (r))      | PARITY(code->taps[1] & (r)) << 1 | \
-                   PARITY(code->taps[2] & (r)) << 2 | PARITY(code->taps[3] & (r)) << 3)
 
 struct search { // of LANES pairs of a block and a multiple
     float    u        [N][LANES];
@@ -80,13 +61,13 @@ ALWAYS_INLINE void measure(int n_free, const float * level, int first, const flo
 
 // Coordinates i and i + 1 of a run: costs of the states before them to costs of the states after them. States k, k + 8,
 // k + 16 and k + 24 lead to 2k, 2k + 1, 2k + 16 and 2k + 17, and these to 4k ... 4k + 3.
-ALWAYS_INLINE void two_steps(const struct code * code, int i, struct search * search,
+ALWAYS_INLINE void two_steps(const struct tq_trellis * code, int i, struct search * search,
         float (* restrict cost)[LANES], float (* restrict next)[LANES]) {
     float    (* restrict dist)[N][LANES] = search->dist;
     uint32_t (* restrict from)[LANES]    = search->from;
 #define REACH(i, s, to, cost0, cost1) do { \
-        const float a = cost0 + dist[LABEL(s)][i][j]; \
-        const float b = cost1 + dist[LABEL((s) + STATES)][i][j]; \
+        const float a = cost0 + dist[TQ_LABEL(code, s)][i][j]; \
+        const float b = cost1 + dist[TQ_LABEL(code, (s) + STATES)][i][j]; \
         to = b < a ? b : a; \
         from_ ## i |= (uint32_t) (b < a) << (s); \
     } while (0)
@@ -115,7 +96,7 @@ ALWAYS_INLINE void two_steps(const struct code * code, int i, struct search * se
 }
 
 static void measure_labels(int bits, struct search * search) {
-    const struct code * code = &codes_by_bits[bits];
+    const struct tq_trellis * code = &tq_trellis_codes[bits];
     for (int l = 0; l < 1 << code->n_label_bits; ++l) {
         const int first = l << (bits - 1);
         switch (bits) {
@@ -126,7 +107,7 @@ static void measure_labels(int bits, struct search * search) {
     }
 }
 
-ALWAYS_INLINE void four_steps(const struct code * code, int i, struct search * search) {
+ALWAYS_INLINE void four_steps(const struct tq_trellis * code, int i, struct search * search) {
     two_steps(code, i,     search, search->costs[0], search->costs[1]);
     two_steps(code, i + 2, search, search->costs[1], search->costs[0]);
 }
@@ -135,9 +116,9 @@ ALWAYS_INLINE void four_steps(const struct code * code, int i, struct search * s
 static void run(int bits, int first, int n, struct search * search) {
     for (int i = first; i < first + n; i += 4) {
         switch (bits) {
-            case 2: four_steps(&codes_by_bits[2], i, search); break;
-            case 3: four_steps(&codes_by_bits[3], i, search); break;
-            case 4: four_steps(&codes_by_bits[4], i, search); break;
+            case 2: four_steps(&tq_trellis_codes[2], i, search); break;
+            case 3: four_steps(&tq_trellis_codes[3], i, search); break;
+            case 4: four_steps(&tq_trellis_codes[4], i, search); break;
         }
     }
 }
@@ -173,7 +154,7 @@ static void trace_back(int n, struct search * search, uint32_t * states) {
 }
 
 static void find_paths(int bits, struct search * search) {
-    const struct code * code = &codes_by_bits[bits];
+    const struct tq_trellis * code = &tq_trellis_codes[bits];
     measure_labels(bits, search);
 
     // the seam
@@ -195,7 +176,7 @@ static void find_paths(int bits, struct search * search) {
 
     uint8_t labels[2*STATES];
     for (int r = 0; r < 2*STATES; ++r) {
-        labels[r] = (uint8_t) LABEL(r);
+        labels[r] = (uint8_t) TQ_LABEL(code, r);
     }
     for (int i = 0; i < N; ++i) {
         for (int j = 0; j < LANES; ++j) {
@@ -234,7 +215,7 @@ void tq_trellis_encode(int bits, int n_blocks, const float (* u)[N], uint8_t (* 
         for (int j = 0; j < LANES; ++j) { // idle lanes repeat the last
             const int     lane  = first + (j < n_lanes ? j : n_lanes - 1);
             const float * block = u[lane/MULTIPLES];
-            const float   m     = multiples[lane%MULTIPLES];
+            const float   m     = tq_trellis_multiples[lane%MULTIPLES];
             for (int i = 0; i < N; ++i) {
                 search.u[i][j] = block[i];
                 search.v[i][j] = block[i]*m;

@@ -1,6 +1,6 @@
 // The C library against docs/format.md: sizes, distortion, bias, scores, special rows, bounds.
-// usage: test-tq [seed [tiles]]; without a seed the inputs are fresh at each run, and the seed is printed. tiles: only what attention
-// works with, of which there are several implementations (an emulator takes minutes for the rest).
+// usage: test-tq [seed [tiles]]; without a seed the inputs are fresh at each run, and the seed is printed. tiles: only what there are
+// several implementations of (an emulator takes minutes for the rest).
 
 #include "ggml-tq.h"
 
@@ -22,7 +22,7 @@ static const struct tq_params * params; // that the tests run with
 
 #define CHECK(cond, ...) do { \
     if (!(cond)) { \
-        printf("FAIL %s:%d, %s tiles: %s: ", __FILE__, __LINE__, tq_tile_use(NULL), #cond); printf(__VA_ARGS__); printf("\n"); \
+        printf("FAIL %s:%d, %s rows, %s tiles: %s: ", __FILE__, __LINE__, tq_rows_use(NULL), tq_tile_use(NULL), #cond); printf(__VA_ARGS__); printf("\n"); \
         n_failed++; \
     } } while (0)
 
@@ -487,8 +487,124 @@ static void test_batches(void) {
     }
 }
 
-// every implementation: the same sums of the same rows, and scores of centers to the bit
-static void test_implementations(void) {
+// a block of one of many kinds
+static void make_block(float * x) {
+    static const float scales[] = { 1.0f, 1e-3f, 1e4f, 0x1p-60f, 0x1p-59f, 0x1p-84f, 1e-40f, FLT_MIN, FLT_MAX/8.0f };
+    const float scale = scales[rng_u64()%(sizeof(scales)/sizeof(scales[0]))];
+    const int   kind  = (int) (rng_u64()%8);
+    rng_normal(x, 64, 1.0f);
+    for (int i = 0; i < 64; ++i) {
+        switch (kind) {
+            case 0: x[i] = (float) ((int) (rng_u64()%5) - 2); break;              // ties
+            case 1: x[i] = i == 5 ? -1.0f : rng_u64()%2 ? 0.0f : -0.0f; break;    // one coordinate
+            case 2: x[i] = 1.0f; break;
+            case 3: x[i] *= rng_u64()%8 == 0 ? 30.0f : 1.0f; break;               // outliers
+            case 4: x[i] = ldexpf(x[i], -(int) (rng_u64()%140)); break;           // of every size
+            default: break;
+        }
+        x[i] *= scale;
+    }
+    static const float values[] = { 0.0f, -0.0f, NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, FLT_TRUE_MIN };
+    const float value = values[rng_u64()%(sizeof(values)/sizeof(values[0]))];
+    switch (rng_u64()%8) {
+        case 0: x[rng_u64()%64] = value; break;
+        case 1: for (int i = 0; i < 64; ++i) { x[i] = value; } break;
+        default: break;
+    }
+}
+
+// the same bits, or no number both
+static bool same(const float * a, const float * b, int n) {
+    for (int i = 0; i < n; ++i) {
+        if (memcmp(a + i, b + i, sizeof(float)) != 0 && !(isnan(a[i]) && isnan(b[i]))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// every implementation of rows: the same bits as the last one, which is portable C
+static void test_row_implementations(int n_rows) {
+    enum { MAX = 19*64 };
+    CHECK(!tq_rows_use("none"), "no such implementation");
+    struct tq_params odd = *params; // codebooks that are not symmetric, and far apart
+    for (int t = 0; t < TQ_QUANTIZER_COUNT; ++t) {
+        float c[16];
+        for (int k = 0; k < 16; ++k) {
+            c[k] = -2.0f + 0.5f*(float) k + 0.4f*(float) rng_uniform();
+        }
+        CHECK(!tq_params_set_codebook(&odd, (enum tq_type) t, c, (size_t) 1 << tq_get_type_info((enum tq_type) t)->code_bits), "a codebook");
+    }
+    struct result {
+        uint8_t packed[MAX];
+        float   decoded[MAX], rotated[MAX], decoded_any[MAX], turned[4][MAX];
+        tq_query_block query[MAX/64];
+        float   dot, dot_any;
+    };
+    static struct result want, got;
+    int n_names = 0;
+    while (tq_rows_name(n_names)) {
+        n_names++;
+    }
+    CHECK(strcmp(tq_rows_name(n_names - 1), "portable") == 0, "portable C is everywhere, and the slowest");
+    for (int r = 0; r < n_rows; ++r) {
+        const struct tq_params * set = r%4 ? params : &odd;
+        static float   x[MAX], a[MAX];
+        static uint8_t any[MAX]; // whatever lies in memory
+        static tq_query_block query[MAX/64];
+        const int n = 64*(1 + (int) (rng_u64()%19));
+        for (int i = 0; i < n; i += 64) {
+            make_block(x + i);
+        }
+        for (int i = 0; i < n; ++i) {
+            any[i] = (uint8_t) rng_u64();
+        }
+        rng_normal(a, n, 1.0f);
+        tq_encode_query(set, a, query, n);
+        for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+            const enum tq_type type = (enum tq_type) t;
+            const char * name = tq_get_type_info(type)->name;
+            for (int k = n_names - 1; k >= 0; --k) {
+                struct result * result = k == n_names - 1 ? &want : &got;
+                CHECK(tq_rows_use(tq_rows_name(k)) && strcmp(tq_rows_use(NULL), tq_rows_name(k)) == 0, "an implementation that is there");
+                memset(result, CANARY, sizeof(*result));
+                tq_encode(set, type, x, result->packed, n);
+                tq_decode(set, type, result->packed, result->decoded, n);
+                tq_decode_rotated(set, type, result->packed, result->rotated, n);
+                tq_decode(set, type, any, result->decoded_any, n);
+                tq_rotate  (set, x, result->turned[0], n);
+                tq_unrotate(set, x, result->turned[1], n);
+                tq_sketch  (set, x, result->turned[2], n);
+                tq_unsketch(set, x, result->turned[3], n);
+                tq_encode_query(set, x, result->query, n);
+                result->dot     = tq_dot(set, type, want.packed, query, n);
+                result->dot_any = tq_dot(set, type, any,         query, n);
+                CHECK(result->packed[tq_row_size(type, n)] == CANARY, "%s: write out of bounds", name);
+                if (result == &want) {
+                    continue;
+                }
+                CHECK(memcmp(want.packed, got.packed, tq_row_size(type, n)) == 0, "%s: bytes of %d", name, n);
+                CHECK(same(want.decoded,     got.decoded,     n), "%s: decoded", name);
+                CHECK(same(want.rotated,     got.rotated,     n), "%s: decoded without turning", name);
+                CHECK(same(want.decoded_any, got.decoded_any, n), "%s: decoded, any bytes", name);
+                for (int i = 0; i < 4; ++i) {
+                    CHECK(same(want.turned[i], got.turned[i], n), "transform %d", i);
+                }
+                for (int i = 0; i < n/64; ++i) {
+                    CHECK(same(&want.query[i].db, &got.query[i].db, 2) && memcmp(want.query[i].b, got.query[i].b, 128) == 0, "a query");
+                }
+                // the order of a score's additions is free
+                const double bound = sqrt(dot(want.decoded, want.decoded, n)*dot(a, a, n));
+                CHECK(same(&want.dot, &got.dot, 1) || fabs((double) want.dot - got.dot) <= 1e-5*bound, "%s: score %g, %g", name, want.dot, got.dot);
+                CHECK(isfinite(want.dot_any) == isfinite(got.dot_any), "%s: score of any bytes", name);
+            }
+        }
+    }
+    tq_rows_use(tq_rows_name(0));
+}
+
+// every implementation of tiles: the same sums of the same rows, and scores of centers to the bit
+static void test_tile_implementations(void) {
     enum { N_QUERIES = 11 };
     static float table[TQ_CENTER_ROWS*128];
     double freqs[64];
@@ -675,14 +791,20 @@ int main(int argc, char ** argv) {
             tq_tile_use(tq_tile_name(k));
             test_tiles();
         }
-        test_implementations();
+        test_tile_implementations();
+        test_row_implementations(tiles_only ? 20 : 300);
         if (!tiles_only) {
             test_rotation();
             test_distortion();
             test_dot();
-            test_scaling();
-            test_special_rows();
-            test_batches();
+            for (int k = 0; tq_rows_name(k); ++k) {
+                tq_rows_use(tq_rows_name(k));
+                printf("%s rows\n", tq_rows_name(k));
+                test_scaling();
+                test_special_rows();
+                test_batches();
+            }
+            tq_rows_use(tq_rows_name(0));
         }
     }
     for (int k = 0; tq_tile_name(k); ++k) {

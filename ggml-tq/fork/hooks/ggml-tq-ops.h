@@ -62,35 +62,35 @@ static inline void ggml_tq_set_rows(const ggml_tensor * dst, int ith, int nth) {
         }
         n = 0;
     };
-    const int64_t dr  = (src->ne[1] + nth - 1)/nth;
-    const int64_t ir1 = std::min(dr*(ith + 1), src->ne[1]);
+    // threads share the pieces: a token has one row
+    const int64_t n_pieces = n_row/n_piece*src->ne[1];
     for (int64_t i3 = 0; i3 < src->ne[3]; ++i3) {
         for (int64_t i2 = 0; i2 < src->ne[2]; ++i2) {
-            for (int64_t ir = dr*ith; ir < ir1; ++ir) {
-                const char * ip = (const char *) idx->data + ir*idx->nb[0] + i2%idx->ne[1]*idx->nb[1] + i3%idx->ne[2]*idx->nb[2];
-                const int64_t i1 = idx->type == GGML_TYPE_I64 ? *(const int64_t *) ip : *(const int32_t *) ip;
+            for (int64_t ip = n_pieces*ith/nth; ip < n_pieces*(ith + 1)/nth; ++ip) {
+                const int64_t ir = ip/(n_row/n_piece);
+                const int64_t i  = ip%(n_row/n_piece)*n_piece;
+                const char * at = (const char *) idx->data + ir*idx->nb[0] + i2%idx->ne[1]*idx->nb[1] + i3%idx->ne[2]*idx->nb[2];
+                const int64_t i1 = idx->type == GGML_TYPE_I64 ? *(const int64_t *) at : *(const int32_t *) at;
                 GGML_ASSERT(i1 >= 0 && i1 < dst->ne[1]);
                 const char * from = (const char *) src->data + ir*src->nb[1] + i2*src->nb[2] + i3*src->nb[3];
                 char       * row  = (char *) dst->data       + i1*dst->nb[1] + i2*dst->nb[2] + i3*dst->nb[3];
-                for (int64_t i = 0; i < n_row; i += n_piece) {
-                    float * piece = x + n*n_piece;
-                    if (src->type == GGML_TYPE_F16) {
-                        ggml_fp16_to_fp32_row((const ggml_fp16_t *) from + i, piece, n_piece);
-                    } else {
-                        memcpy(piece, (const float *) from + i, n_piece*sizeof(float));
+                float * piece = x + n*n_piece;
+                if (src->type == GGML_TYPE_F16) {
+                    ggml_fp16_to_fp32_row((const ggml_fp16_t *) from + i, piece, n_piece);
+                } else {
+                    memcpy(piece, (const float *) from + i, n_piece*sizeof(float));
+                }
+                if (center.pos) {
+                    const int64_t head = i/n_piece;
+                    const int32_t p    = ((const int32_t *) center.pos->data)[ir];
+                    tq_center_add(&center.center, center.at(head, p), p, -1.0f, piece);
+                    for (int64_t l = 0; l < n_piece; ++l) {
+                        piece[l] *= center.scale(head)[l];
                     }
-                    if (center.pos) {
-                        const int64_t head = i/n_piece;
-                        const int32_t p    = ((const int32_t *) center.pos->data)[ir];
-                        tq_center_add(&center.center, center.at(head, p), p, -1.0f, piece);
-                        for (int64_t l = 0; l < n_piece; ++l) {
-                            piece[l] *= center.scale(head)[l];
-                        }
-                    }
-                    to[n++] = row + i/TQ_BLOCK_SIZE*tq_row_size(type, TQ_BLOCK_SIZE);
-                    if ((n + 1)*n_piece > n_max) {
-                        flush();
-                    }
+                }
+                to[n++] = row + i/TQ_BLOCK_SIZE*tq_row_size(type, TQ_BLOCK_SIZE);
+                if ((n + 1)*n_piece > n_max) {
+                    flush();
                 }
             }
         }

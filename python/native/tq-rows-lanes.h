@@ -1,0 +1,1 @@
+../../ggml-tq/src/tq-rows-lanes.h
