@@ -51,11 +51,26 @@ ALWAYS_INLINE void tq_pack(const uint8_t * codes, int n_planes, uint8_t * planes
     }
 }
 
+// One of several implementations of the same functions, which follow it.
+struct tq_implementation {
+    const char * name;
+    bool      (* available)(void); // on this machine
+};
+
+struct tq_choice {
+    const struct tq_implementation * const * all; // the fastest first, NULL at the end
+    const struct tq_implementation * current;     // NULL until it is needed
+};
+
+// as tq_rows_name and tq_rows_use
+const char * tq_choice_name(const struct tq_choice * choice, int i);
+const char * tq_choice_use (struct tq_choice * choice, const char * name);
+const struct tq_implementation * tq_choice_current(struct tq_choice * choice);
+
 // rows (sections 3 to 6): one implementation (tq-rows.h), for what a machine has
 
 struct tq_rows_functions {
-    const char * name;
-    bool  (* available)(void); // on this machine
+    struct tq_implementation base;
     void  (* encode)(const struct tq_params * params, enum tq_type type, const float * x, uint8_t * dst, int64_t n);
     void  (* decode)(const struct tq_params * params, enum tq_type type, bool rotated, const uint8_t * src, float * y, int64_t n);
     void  (* transform)(const float * from, float * to, int64_t n, const float * signs, bool inverse);
@@ -100,8 +115,7 @@ ALWAYS_INLINE int32_t tq_center_clamp(int32_t pos) {
 // tiles: one implementation, for what a machine has (tq-tile-*.h)
 
 struct tq_tile_functions {
-    const char * name;
-    bool (* available)(void); // on this machine
+    struct tq_implementation base;
     void (* unpack)(const struct tq_tile_type * tile, bool values, const uint8_t * first, size_t stride, int n_rows, int8_t (* dst)[TQ_TILE_SIZE]);
     void (* scales)(const uint16_t * half, float * d); // 64 of them
     void (* split)(bool values, const float * x, const float * weights, float scale, struct tq_tile_numbers * dst);

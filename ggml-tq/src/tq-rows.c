@@ -1,26 +1,9 @@
-// Which implementation of rows is in use: the fastest that the machine has, or the one that was asked for.
+// Which implementation is in use, of rows and of what else a program brings several of: the fastest that the machine has, or the
+// one that was asked for.
 
 #include "tq-internal.h"
 
 #include <string.h>
-
-// the fastest first
-static const struct tq_rows_functions * const all_rows[] = {
-#ifdef TQ_X86
-    &tq_rows_avx512,
-    &tq_rows_avx2,
-#endif
-    &tq_rows_portable,
-};
-
-const char * tq_rows_name(int i) {
-    for (size_t k = 0; k < sizeof(all_rows)/sizeof(all_rows[0]); ++k) {
-        if (all_rows[k]->available() && i-- == 0) {
-            return all_rows[k]->name;
-        }
-    }
-    return NULL;
-}
 
 // threads that are first at the same time find the same
 #if defined(__GNUC__) || defined(__clang__)
@@ -31,26 +14,56 @@ const char * tq_rows_name(int i) {
 #define STORE(p, x) (*(p) = (x))
 #endif
 
-static const struct tq_rows_functions * volatile current;
-
-const char * tq_rows_use(const char * name) {
-    if (!name) {
-        return tq_rows()->name;
+const char * tq_choice_name(const struct tq_choice * choice, int i) {
+    for (const struct tq_implementation * const * one = choice->all; *one; ++one) {
+        if ((*one)->available() && i-- == 0) {
+            return (*one)->name;
+        }
     }
-    for (size_t k = 0; k < sizeof(all_rows)/sizeof(all_rows[0]); ++k) {
-        if (strcmp(all_rows[k]->name, name) == 0 && all_rows[k]->available()) {
-            STORE(&current, all_rows[k]);
+    return NULL;
+}
+
+const char * tq_choice_use(struct tq_choice * choice, const char * name) {
+    if (!name) {
+        return tq_choice_current(choice)->name;
+    }
+    for (const struct tq_implementation * const * one = choice->all; *one; ++one) {
+        if (strcmp((*one)->name, name) == 0 && (*one)->available()) {
+            STORE(&choice->current, *one);
             return name;
         }
     }
     return NULL;
 }
 
-const struct tq_rows_functions * tq_rows(void) {
-    const struct tq_rows_functions * rows = LOAD(&current);
-    if (!rows) {
-        tq_rows_use(tq_rows_name(0));
-        rows = LOAD(&current);
+const struct tq_implementation * tq_choice_current(struct tq_choice * choice) {
+    const struct tq_implementation * current = LOAD(&choice->current);
+    if (!current) {
+        tq_choice_use(choice, tq_choice_name(choice, 0));
+        current = LOAD(&choice->current);
     }
-    return rows;
+    return current;
+}
+
+static const struct tq_implementation * const all_rows[] = {
+#ifdef TQ_X86
+    &tq_rows_avx512.base,
+    &tq_rows_avx2.base,
+#endif
+    &tq_rows_portable.base,
+    NULL,
+};
+
+static struct tq_choice rows = { all_rows, NULL };
+
+const char * tq_rows_name(int i) {
+    return tq_choice_name(&rows, i);
+}
+
+const char * tq_rows_use(const char * name) {
+    return tq_choice_use(&rows, name);
+}
+
+const struct tq_rows_functions * tq_rows(void) {
+    return (const struct tq_rows_functions *) tq_choice_current(&rows);
 }

@@ -283,4 +283,4 @@ static float dot_query(const struct tq_params * params, enum tq_type type, const
     return sum;
 }
 
-#define TQ_ROWS_FUNCTIONS(name) { name, available, encode, decode, transform, encode_query, dot_query }
+#define TQ_ROWS_FUNCTIONS(name) { { name, available }, encode, decode, transform, encode_query, dot_query }

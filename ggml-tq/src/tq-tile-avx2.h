@@ -275,7 +275,7 @@ static bool avx2_available(void) {
 }
 
 static const struct tq_tile_functions tile_avx2 = {
-    "avx2", avx2_available, avx2_unpack, avx2_scales, avx2_split, avx2_multiply, avx2_coordinate, avx2_turns,
+    { "avx2", avx2_available }, avx2_unpack, avx2_scales, avx2_split, avx2_multiply, avx2_coordinate, avx2_turns,
 };
 
 #ifdef TQ_TILE_AVXVNNI
@@ -292,7 +292,7 @@ static bool avxvnni_available(void) { // compilers differ in which names of feat
 }
 
 static const struct tq_tile_functions tile_avxvnni = {
-    "avxvnni", avxvnni_available, avx2_unpack, avx2_scales, avx2_split, avxvnni_multiply, avx2_coordinate, avx2_turns,
+    { "avxvnni", avxvnni_available }, avx2_unpack, avx2_scales, avx2_split, avxvnni_multiply, avx2_coordinate, avx2_turns,
 };
 
 #endif

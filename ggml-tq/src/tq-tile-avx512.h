@@ -298,7 +298,7 @@ static bool avx512_available(void) {
 }
 
 static const struct tq_tile_functions tile_avx512 = {
-    "avx512", avx512_available, avx512_unpack, avx512_scales, avx512_split, avx512_multiply_all, avx512_coordinate, avx512_turns,
+    { "avx512", avx512_available }, avx512_unpack, avx512_scales, avx512_split, avx512_multiply_all, avx512_coordinate, avx512_turns,
 };
 
 #endif

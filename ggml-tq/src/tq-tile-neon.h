@@ -253,7 +253,7 @@ static bool neon_available(void) {
 }
 
 static const struct tq_tile_functions tile_neon = {
-    "neon", neon_available, neon_unpack, neon_scales, neon_split, neon_multiply, neon_coordinate, neon_turns,
+    { "neon", neon_available }, neon_unpack, neon_scales, neon_split, neon_multiply, neon_coordinate, neon_turns,
 };
 
 #ifdef TQ_TILE_DOTPROD
@@ -265,7 +265,7 @@ static bool dotprod_available(void) {
 }
 
 static const struct tq_tile_functions tile_dotprod = {
-    "dotprod", dotprod_available, neon_unpack, neon_scales, neon_split, dotprod_multiply, neon_coordinate, neon_turns,
+    { "dotprod", dotprod_available }, neon_unpack, neon_scales, neon_split, dotprod_multiply, neon_coordinate, neon_turns,
 };
 
 #endif

@@ -151,5 +151,5 @@ static bool portable_available(void) {
 }
 
 static const struct tq_tile_functions tile_portable = {
-    "portable", portable_available, portable_unpack, portable_scales, portable_split, portable_multiply, portable_coordinate, portable_turns,
+    { "portable", portable_available }, portable_unpack, portable_scales, portable_split, portable_multiply, portable_coordinate, portable_turns,
 };

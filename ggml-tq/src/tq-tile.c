@@ -147,64 +147,36 @@ ALWAYS_INLINE const uint8_t * row_at(const uint8_t * first, size_t stride, int n
 // the choice
 //
 
-// the fastest first
-static const struct tq_tile_functions * const all_tiles[] = {
+static const struct tq_implementation * const all_tiles[] = {
 #ifdef TQ_TILE_X86
-    &tile_avx512,
+    &tile_avx512.base,
 #ifdef TQ_TILE_AVXVNNI
-    &tile_avxvnni,
+    &tile_avxvnni.base,
 #endif
-    &tile_avx2,
+    &tile_avx2.base,
 #endif
 #ifdef TQ_TILE_DOTPROD
-    &tile_dotprod,
+    &tile_dotprod.base,
 #endif
 #ifdef TQ_TILE_NEON
-    &tile_neon,
+    &tile_neon.base,
 #endif
-    &tile_portable,
+    &tile_portable.base,
+    NULL,
 };
 
+static struct tq_choice tiles = { all_tiles, NULL };
+
 const char * tq_tile_name(int i) {
-    for (size_t k = 0; k < sizeof(all_tiles)/sizeof(all_tiles[0]); ++k) {
-        if (all_tiles[k]->available() && i-- == 0) {
-            return all_tiles[k]->name;
-        }
-    }
-    return NULL;
+    return tq_choice_name(&tiles, i);
 }
 
-// threads that are first at the same time find the same
-#if defined(__GNUC__) || defined(__clang__)
-#define LOAD(p)     __atomic_load_n(p, __ATOMIC_ACQUIRE)
-#define STORE(p, x) __atomic_store_n(p, x, __ATOMIC_RELEASE)
-#else
-#define LOAD(p)     (*(p))
-#define STORE(p, x) (*(p) = (x))
-#endif
-
-static const struct tq_tile_functions * volatile current;
-
 const char * tq_tile_use(const char * name) {
-    if (!name) {
-        return tq_tile()->name;
-    }
-    for (size_t k = 0; k < sizeof(all_tiles)/sizeof(all_tiles[0]); ++k) {
-        if (strcmp(all_tiles[k]->name, name) == 0 && all_tiles[k]->available()) {
-            STORE(&current, all_tiles[k]);
-            return name;
-        }
-    }
-    return NULL;
+    return tq_choice_use(&tiles, name);
 }
 
 const struct tq_tile_functions * tq_tile(void) {
-    const struct tq_tile_functions * tile = LOAD(&current);
-    if (!tile) {
-        tq_tile_use(tq_tile_name(0));
-        tile = LOAD(&current);
-    }
-    return tile;
+    return (const struct tq_tile_functions *) tq_choice_current(&tiles);
 }
 
 void tq_tile_unpack(const struct tq_tile_type * tile, bool values, const void * first, size_t stride, int n_rows, int8_t (* dst)[TQ_TILE_SIZE]) {
