@@ -5,6 +5,7 @@
     scripts/bench_cpu_attention.py --quick --append --build DIR --build-name NAME --tiles NAMES  # others beside
     scripts/bench_cpu_attention.py --report    # the table only
 
+The program is not in `make build`: cmake --build build --target bench-cpu-attention
 Types of one shape are run in turn within one process; a ratio is the median over its rounds. Two threads wait asleep
 (OMP_WAIT_POLICY=passive), or else on a busy machine an op takes as long as a turn of the scheduler.
 """
@@ -46,9 +47,12 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def measure(program: Path, build: str, tiles: list[str], quick: bool, out: Path) -> None:
+def measure(program: Path, build: str, tiles: list[str], quick: bool, append: bool, out: Path) -> None:
+    """Records replace those of out, or are added to them, when all are there."""
     about = {"build": build, "cpu": cpu_name()}
-    with out.open("a", encoding="utf-8") as file:
+    new = out.with_suffix(".new")
+    new.write_text(out.read_text(encoding="utf-8") if append and out.exists() else "", encoding="utf-8")
+    with new.open("a", encoding="utf-8") as file:
         for args in shapes(quick):
             for name in tiles:
                 load = round(os.getloadavg()[0], 1)
@@ -59,6 +63,7 @@ def measure(program: Path, build: str, tiles: list[str], quick: bool, out: Path)
                     file.write(json.dumps({**about, "load": load, **json.loads(line)}) + "\n")
                 file.flush()
             print(" ".join(args), flush=True)
+    new.replace(out)
 
 
 def table(records: list[Record]) -> str:
@@ -94,6 +99,9 @@ a row were run in turn in one process; shown are medians of ratios within rounds
 not. Tiles are the library's implementations, chosen by name; upstream's types are as the build has them.
 
 {cpus}, {os.cpu_count()} cores; load averages {loads[0]} to {loads[-1]}.
+Rows of one query and of 2048 cells are of the program of 2026-11-28, batches behind 8192 cells and AVX-VNNI of the
+one after it.
+
 Written by `scripts/bench_cpu_attention.py`; records: [{path.name}]({path.name}).
 """
     path.with_suffix(".md").write_text(text + table(records) + "\n", encoding="utf-8")
@@ -112,9 +120,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/cpu-attention.jsonl")
     args = parser.parse_args()
     if not args.report:
-        if not args.append:
-            args.out.unlink(missing_ok=True)
-        measure(args.build / "bin/bench-cpu-attention", args.build_name, args.tiles.split(","), args.quick, args.out)
+        program = args.build / "bin/bench-cpu-attention"
+        measure(program, args.build_name, args.tiles.split(","), args.quick, args.append, args.out)
     report(args.out)
 
 

@@ -4,8 +4,10 @@
     scripts/bench_cpu_rows.py             # measures, and writes docs/results/cpu-rows.{jsonl,md}
     scripts/bench_cpu_rows.py --report    # the tables only
 
-Every implementation that the machine has, types in turn. Rows of 1024 values are those of 8 heads of 128, rows of 192
-those of 3 heads of 64 (SmolLM2): three blocks are then all that a trellis search has side by side.
+The programs are not in `make build`: cmake --build build --target bench-cpu-rows bench-cpu-attention
+Records replace older ones when all are there. Every implementation that the machine has, types in turn. Rows of 1024
+values are those of 8 heads of 128, rows of 192 those of 3 heads of 64 (SmolLM2): three blocks are then all that a
+trellis search has side by side.
 """
 
 import argparse
@@ -32,7 +34,8 @@ Record = dict[str, Any]
 def measure(programs: Path, rows: list[int], rounds: int, out: Path) -> None:
     about = {"cpu": cpu_name(), "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat()}
     attention = ["-d", "128", "-g", "4", "-c", "8192", "-r", str(rounds), "f16", *TYPES]
-    with out.open("w", encoding="utf-8") as file:
+    new = out.with_suffix(".new")
+    with new.open("w", encoding="utf-8") as file:
 
         def run(command: list[str]) -> list[Record]:
             load = round(os.getloadavg()[0], 1)
@@ -53,6 +56,7 @@ def measure(programs: Path, rows: list[int], rounds: int, out: Path) -> None:
             tiles = list(dict.fromkeys(r["implementation"] for r in records if r["op"] == "keys"))
         for name in tiles:
             run(["bench-cpu-attention", "--json", "--tiles", name, *attention])
+    new.replace(out)
 
 
 def rows_table(records: list[Record], op: str) -> list[str]:

@@ -103,8 +103,8 @@ uint64_t tq_hash_float(uint64_t hash, float f);
 const char * tq_params_set_codebook(struct tq_params * params, enum tq_type type, const float * centroids, size_t n);
 const char * tq_params_set_kappa   (struct tq_params * params, enum tq_type type, float kappa);
 
-// The functions below require n % TQ_BLOCK_SIZE == 0 and no overlap of source and destination. They neither allocate
-// nor keep state, and may run in any number of threads.
+// The functions below require n % TQ_BLOCK_SIZE == 0 and no overlap of source and destination. They do not
+// allocate, and may run in any number of threads.
 
 // x[n] -> dst[tq_row_size(type, n)]. A block with a NaN or Inf decodes to NaN; a block whose largest magnitude is below
 // 2^-60 (or whose scale is below fp16's smallest number) becomes zeros; a scale above 65504 saturates.

@@ -94,9 +94,16 @@ static void add_cell(struct tq_center_cells * cells, struct tq_center_run * run,
 
 // cells that are all used, at one position after the other: most tiles of one sequence. False if they are not.
 static bool add_sequence(struct tq_center_cells * cells, const int32_t * pos, const bool * used) {
+    int all = 1;
+    for (int j = 0; j < N; ++j) {
+        all &= used[j];
+    }
+    if (!all) { // then not all positions are there
+        return false;
+    }
     int32_t other = pos[0] <= 0;
     for (int j = 0; j < N; ++j) {
-        other |= (pos[j] ^ (int32_t) ((uint32_t) pos[0] + (uint32_t) j)) | !used[j];
+        other |= pos[j] ^ (int32_t) ((uint32_t) pos[0] + (uint32_t) j);
     }
     if (other) {
         return false;

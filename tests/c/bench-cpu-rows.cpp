@@ -163,6 +163,7 @@ int main(int argc, char ** argv) {
                         [&, tile, type, size, values](int64_t first, int64_t count) {
                     alignas(64) static int8_t  bytes[2][TQ_TILE_SIZE];
                     alignas(64) static int32_t sums[64*64];
+                    memset(sums, 0, sizeof(sums)); // some implementations add to them
                     std::vector<tq_tile_numbers> numbers(o.n_q);
                     for (int q = 0; q < o.n_q; ++q) {
                         tq_tile_split(values, &x[q%16*64], nullptr, 8.0f, &numbers[q]);

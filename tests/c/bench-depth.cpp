@@ -2,7 +2,8 @@
 // computed, and its cells are copied up to the depth as a state of that many cells. What they hold does not change the time. Ratios are
 // medians over rounds of a type's speed to the first one's in the same round; what is not attention takes as long as a step of
 // the same round with an empty cache.
-// usage: bench-depth MODEL [-d DEPTH] [-n TOKENS] [-p PROMPT] [-t THREADS] [-r ROUNDS] [TYPE...]
+// usage: bench-depth MODEL [-d DEPTH] [-n TOKENS] [-p PROMPT] [-t THREADS] [-r ROUNDS] TYPE...
+// Not in `make build`: cmake --build build --target bench-depth
 // A type is one for keys and values, or K/V. Prints a table of generating TOKENS, one by one, and of PROMPT tokens at once if that is not 0.
 
 #include "llama.h"
@@ -141,7 +142,7 @@ int main(int argc, char ** argv) {
             subjects.push_back({ arg, {}, {}, {} });
         }
     }
-    check(argc > 1 && !subjects.empty() && o.depth > 0, "usage: bench-depth MODEL [-d DEPTH] [-n TOKENS] [-p PROMPT] [-t THREADS] [-r ROUNDS] TYPE...");
+    check(argc > 1 && !subjects.empty() && o.depth > 0 && o.n_tokens > 0 && o.n_prompt >= 0 && o.n_threads > 0 && o.n_rounds > 0, "usage: bench-depth MODEL [-d DEPTH] [-n TOKENS] [-p PROMPT] [-t THREADS] [-r ROUNDS] TYPE...");
     llama_log_set([](ggml_log_level level, const char * text, void *) { if (level == GGML_LOG_LEVEL_ERROR) { fputs(text, stderr); } }, nullptr);
     llama_backend_init();
     llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
