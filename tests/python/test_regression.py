@@ -176,7 +176,7 @@ def test_a_wrong_trellis_level_is_noticed(
     moved.flat[levels.argmax()] *= -1
     program = Path(measure.divergence.fork.program(PROGRAM))
     data = program.read_bytes()
-    assert data.count(levels.tobytes()) == 1, "the table is not in the program"
+    assert levels.tobytes() in data, "the table is not in the program"  # once for each kind of processor
     broken = tmp_path / PROGRAM
     broken.write_bytes(data.replace(levels.tobytes(), moved.tobytes()))
     broken.chmod(0o755)
