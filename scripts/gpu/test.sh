@@ -29,8 +29,8 @@ for op in SET_ROWS GET_ROWS CPY FLASH_ATTN_EXT; do
     run "$op" "$bin/test-backend-ops" test -b "$device" -o "$op" -p 'tq[234]_(mse|qjl|tcq)'
 done
 if command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck; do
-        run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$bin/test-backend" "$device" tq4_tcq few
+    for tool in memcheck racecheck; do # a CUDA graph that cannot be updated is made anew: no error
+        run "$tool" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 1 "$bin/test-backend" "$device" tq4_tcq few
     done
 fi
 exit $failed
