@@ -36,21 +36,6 @@ ALWAYS_INLINE uint64_t tq_spread_bits(uint8_t b) {
     return ((x + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull;
 }
 
-// and back: bit 0 of byte i to bit i
-ALWAYS_INLINE uint8_t tq_gather_bits(uint64_t x) {
-    return (uint8_t) (((x & 0x0101010101010101ull)*0x0102040810204080ull) >> 56);
-}
-
-// codes[i] to planes: 8 coordinates a byte
-ALWAYS_INLINE void tq_pack(const uint8_t * codes, int n_planes, uint8_t * planes) {
-    for (int j = 0; j < N/8; ++j) {
-        const uint64_t w = tq_load_u64(codes + 8*j);
-        for (int p = 0; p < n_planes; ++p) {
-            planes[8*p + j] = tq_gather_bits(w >> p);
-        }
-    }
-}
-
 // One of several implementations of the same functions, which follow it.
 struct tq_implementation {
     const char * name;
@@ -151,6 +136,6 @@ ALWAYS_INLINE uint64_t tq_trellis_label_plane(uint64_t c, int taps) {
 // planes[bits*8] of a block -> index[TQ_TRELLIS_INDEX_BITS*8], the planes of the index into the table
 void tq_trellis_index_planes(int bits, const uint8_t * planes, uint8_t * index);
 
-// blocks u[n_blocks] of unit mean square, n_blocks at most TQ_TRELLIS_BATCH -> each coordinate's coded bit (bit 0) and free
-// bits (from bit 1), and its level
-void tq_trellis_encode(int bits, int n_blocks, const float (* u)[N], uint8_t (* codes)[N], float (* q)[N]);
+// blocks u[n_blocks] of unit mean square, n_blocks at most TQ_TRELLIS_BATCH -> each coordinate's free bits and, the highest, its
+// coded bit
+void tq_trellis_encode(int bits, int n_blocks, const float (* u)[N], uint8_t (* codes)[N]);

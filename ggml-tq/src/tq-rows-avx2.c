@@ -95,7 +95,6 @@ ALWAYS_INLINE vec look_up(const float * table, int bits, ints index) {
     return x;
 }
 
-
 // table[index] of 32 integers
 ALWAYS_INLINE ints look_up_ints(const uint32_t * table, ints index) { return bits_of(look_up((const float *) table, 5, index)); }
 

@@ -74,6 +74,21 @@ static float magnitude(const float * x) {
 // codes
 //
 
+// bit 0 of byte i to bit i, as tq_spread_bits back
+static uint8_t gather_bits(uint64_t x) {
+    return (uint8_t) (((x & 0x0101010101010101ull)*0x0102040810204080ull) >> 56);
+}
+
+// codes[i] to planes: 8 coordinates a byte
+static void pack(const uint8_t * codes, int n_planes, uint8_t * planes) {
+    for (int j = 0; j < N/8; ++j) {
+        const uint64_t w = tq_load_u64(codes + 8*j);
+        for (int p = 0; p < n_planes; ++p) {
+            planes[8*p + j] = gather_bits(w >> p);
+        }
+    }
+}
+
 static void nearest(const struct tq_quantizer * quantizer, int bits, const float * u, uint8_t * planes, float * q) {
     int32_t n_above[N] = { 0 };
     for (int k = 0; k < (1 << bits) - 1; ++k) {
@@ -86,7 +101,7 @@ static void nearest(const struct tq_quantizer * quantizer, int bits, const float
         codes[i] = (uint8_t) n_above[i];
         q[i]     = quantizer->centroids[codes[i]];
     }
-    tq_pack(codes, bits, planes);
+    pack(codes, bits, planes);
 }
 
 static void levels(const float * table, int bits, const uint8_t * planes, float * q) {
@@ -106,18 +121,14 @@ static void negative(const float * x, uint8_t * plane) {
     for (int i = 0; i < N; ++i) {
         bits[i] = x[i] < 0.0f;
     }
-    tq_pack(bits, 1, plane);
+    pack(bits, 1, plane);
 }
 
 static void search_trellis(int bits, int n_blocks, const float (* u)[N], uint8_t (* planes)[4*8]) {
-    float   q    [TQ_TRELLIS_BATCH][N];
     uint8_t codes[TQ_TRELLIS_BATCH][N];
-    tq_trellis_encode(bits, n_blocks, u, codes, q);
+    tq_trellis_encode(bits, n_blocks, u, codes);
     for (int b = 0; b < n_blocks; ++b) {
-        for (int i = 0; i < N; ++i) { // the coded bit is the highest plane
-            codes[b][i] = (uint8_t) (codes[b][i] >> 1 | (codes[b][i] & 1) << (bits - 1));
-        }
-        tq_pack(codes[b], bits, planes[b]);
+        pack(codes[b], bits, planes[b]);
     }
 }
 

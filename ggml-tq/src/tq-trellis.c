@@ -186,7 +186,7 @@ static void find_paths(int bits, struct search * search) {
     }
 }
 
-// as tq_block_dot for each lane
+// the sum of section 3 for each lane
 static void dot_lanes(const float (* a)[LANES], const float (* b)[LANES], float * sum) {
     float t[N][LANES];
     for (int i = 0; i < N; ++i) {
@@ -204,7 +204,7 @@ static void dot_lanes(const float (* a)[LANES], const float (* b)[LANES], float 
     memcpy(sum, t[0], sizeof(t[0]));
 }
 
-void tq_trellis_encode(int bits, int n_blocks, const float (* u)[N], uint8_t (* codes)[N], float (* q)[N]) {
+void tq_trellis_encode(int bits, int n_blocks, const float (* u)[N], uint8_t (* codes)[N]) {
     struct search search;
     float best[TQ_TRELLIS_BATCH];
     for (int b = 0; b < n_blocks; ++b) {
@@ -233,8 +233,7 @@ void tq_trellis_encode(int bits, int n_blocks, const float (* u)[N], uint8_t (* 
                 best[b] = quality;
                 for (int i = 0; i < N; ++i) {
                     const int w = search.chosen[i][j] & ((1 << (bits - 1)) - 1);
-                    codes[b][i] = (uint8_t) ((search.registers[i][j] & 1) | w << 1);
-                    q    [b][i] = search.q[i][j];
+                    codes[b][i] = (uint8_t) (w | (int) (search.registers[i][j] & 1) << (bits - 1));
                 }
             }
         }
