@@ -37,7 +37,10 @@ endfunction()
 
 # called by ggml-cuda's CMakeLists, which compiles with -use_fast_math; the encoder must not
 function(ggml_tq_cuda_add_to target)
-    set(sources ${GGML_TQ_DIR}/cuda/tq-decode.cu ${GGML_TQ_DIR}/cuda/tq-encode.cu ${GGML_TQ_DIR}/cuda/tq-ops.cu)
+    set(sources)
+    foreach(name decode encode fuse ops)
+        list(APPEND sources ${GGML_TQ_DIR}/cuda/tq-${name}.cu)
+    endforeach()
     file(GLOB attention ${GGML_TQ_DIR}/cuda/tq-attention.cu ${GGML_TQ_DIR}/cuda/template-instances/*.cu)
     target_sources(${target} PRIVATE ${sources} ${attention})
     target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR} ${GGML_TQ_DIR}/cuda ${GGML_TQ_DIR}/src)

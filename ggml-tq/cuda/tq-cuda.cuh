@@ -4,8 +4,8 @@
 //
 // Rows are encoded (SET_ROWS, CPY) a warp a block of 64 coordinates; _tcq also searches for paths of codes, a warp or a thread a
 // path. They are decoded (GET_ROWS, CPY, the f16 keys and values of FLASH_ATTN_EXT) four lanes a block. FLASH_ATTN_EXT of few
-// queries reads packed rows. Positions, centers and tables of centered keys are read while earlier kernels may still run: they are
-// inputs of a graph. Every kernel takes the parameters in use (seeds, codebooks) as an argument, so nothing has to be
+// queries reads packed rows. Positions, frequency factors, and centers and tables of centered keys are read while earlier kernels
+// may still run: they are inputs of a graph. Every kernel takes the parameters in use (seeds, codebooks) as an argument, so nothing has to be
 // uploaded and nothing can be stale.
 
 #include "convert.cuh"
@@ -20,9 +20,13 @@ template <typename T> to_t_nc_cuda_t<T> ggml_tq_cuda_get_to_nc(ggml_type type);
 void ggml_tq_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool ggml_tq_cuda_set_rows_supported(const ggml_tensor * dst);
 
-// SET_ROWS of our types at nodes[0]: if the next node that does something is one too, as keys and values of a layer are, runs
-// both in one launch and returns how many nodes to skip; else 0, and nothing is done
-int ggml_tq_cuda_set_rows_fused(ggml_backend_cuda_context & ctx, ggml_tensor ** nodes, int n_nodes);
+// What a layer does between its projections and attention, in one launch: RoPE of queries (of few tokens) and of keys, where
+// the next nodes from i on are those, and SET_ROWS of keys and values. Returns how many nodes to skip after node i; 0: nothing
+// was done.
+int ggml_tq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);
+
+// puts RoPE of queries next to that of keys, so that the above finds both; before tensors have places
+void ggml_tq_cuda_graph_optimize(ggml_cgraph * cgraph);
 
 // GET_ROWS to F32, F16 or BF16
 void ggml_tq_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);

@@ -7,7 +7,9 @@
 struct tq_encode_args {
     tq_encode_job job  [2];
     tq_codec      codec[2];
-    int           n_first; // CUDA blocks of job[0]
+    tq_rope_job   queries;
+    int           n_queries; // CUDA blocks that turn queries
+    int           n_first;   // of job[0]
 };
 
 struct tq_place {
@@ -41,24 +43,83 @@ static __device__ __forceinline__ int64_t tq_packed(const tq_rows & r, const tq_
     return row*r.packed_nb[0] + p.i2*r.packed_nb[1] + p.i3*r.packed_nb[2];
 }
 
-// A lane's coordinates. The next kernel may start when all earlier ones are done: then it prepares itself while rows are
-// encoded. If it could before, a step of a model would take longer, not shorter.
-static __device__ __forceinline__ float2 tq_load(const tq_encode_job & job, const tq_place & at, int lane) {
-    const float * x = (const float *) (job.src + at.floats) + at.ib*64 + lane;
-    if (!job.center.pos) {
-        ggml_cuda_pdl_sync();
-        ggml_cuda_pdl_lc();
-        return make_float2(x[0], x[32]);
-    }
-    const tq_key_center & center = job.center; // inputs of the graph
-    const int p    = center.pos[at.i1];
-    const int head = at.ib*64/center.head_dim;
-    const int i    = at.ib*64 - head*center.head_dim + lane;
-    const float2 m = make_float2(tq_center_at   (center, head, i, p), tq_center_at   (center, head, i + 32, p));
-    const float2 s = make_float2(tq_center_scale(center, head, i, 1), tq_center_scale(center, head, i + 32, 1));
+// What an earlier kernel may write is read from here on. The next one may start when all earlier ones are done: then it
+// prepares itself while rows are encoded. If it could before, a step of a model would take longer, not shorter.
+static __device__ __forceinline__ void tq_wait() {
     ggml_cuda_pdl_sync();
     ggml_cuda_pdl_lc();
-    return make_float2(__fmul_rn(x[0] - m.x, s.x), __fmul_rn(x[32] - m.y, s.y));
+}
+
+// A lane's coordinates. Positions, factors, centers and their table are inputs of the graph.
+static __device__ __forceinline__ float2 tq_load(const tq_encode_job & job, const tq_place & at, int lane) {
+    const tq_rope       & rope   = job.rope;
+    const tq_key_center & center = job.center;
+    if (!rope.pos && !center.pos) {
+        const float * x = (const float *) (job.src + at.floats) + at.ib*64 + lane;
+        tq_wait();
+        return make_float2(x[0], x[32]);
+    }
+    const int head_dim = rope.pos ? rope.head_dim : center.head_dim;
+    const int head     = at.ib*64/head_dim;
+    const int i        = at.ib*64 - head*head_dim + lane;
+    const float * x    = (const float *) (job.src + at.floats + head*(rope.pos ? rope.head_nb : head_dim*(int64_t) sizeof(float))) + i;
+    tq_rope_place turned[2] = {};
+    if (rope.pos) {
+        const int p = rope.pos[at.i1];
+        turned[0] = tq_rope_find(rope, i,      p);
+        turned[1] = tq_rope_find(rope, i + 32, p);
+    }
+    float2 m = make_float2(0.0f, 0.0f);
+    float2 s = make_float2(1.0f, 1.0f);
+    if (center.pos) {
+        const int p = center.pos[at.i1];
+        m = make_float2(tq_center_at   (center, head, i, p), tq_center_at   (center, head, i + 32, p));
+        s = make_float2(tq_center_scale(center, head, i, 1), tq_center_scale(center, head, i + 32, 1));
+    }
+    tq_wait();
+    const float2 v = make_float2(tq_rope_apply(turned[0], x), tq_rope_apply(turned[1], x + 32));
+    return center.pos ? make_float2(__fmul_rn(v.x - m.x, s.x), __fmul_rn(v.y - m.y, s.y)) : v;
+}
+
+// a pair of coordinates of a query: thread i of those that turn them
+static __device__ void tq_turn_queries(const tq_rope_job & job, int i) {
+    if (i >= job.n_pairs) {
+        return;
+    }
+    const tq_rope & rope = job.rope;
+    const uint2 by_pair = fast_div_modulo(i,         job.pair_div);
+    const uint2 by_head = fast_div_modulo(by_pair.x, job.head_div);
+    const int   w       = 2*(int) by_pair.y - rope.n_offs;
+    const bool  turns   = w >= 0 && w < rope.n_dims;
+    const int   first   = turns && rope.neox ? rope.n_offs + w/2 : 2*by_pair.y;
+    const int   second  = turns && rope.neox ? first + rope.n_dims/2 : first + 1;
+    const float * x = (const float *) (job.src + by_head.y*rope.head_nb  + by_head.x*job.src_nb);
+    float       * y = (float *)       (job.dst + by_head.y*job.dst_nb[0] + by_head.x*job.dst_nb[1]);
+    const float2 turn = turns ? tq_rope_turn(rope, w/2, rope.pos[by_head.x]) : make_float2(1.0f, 0.0f);
+    tq_wait();
+    const float x0 = x[first];
+    const float x1 = x[second];
+    y[first]  = turns ? tq_rope_first (turn, x0, x1) : x0;
+    y[second] = turns ? tq_rope_second(turn, x0, x1) : x1;
+}
+
+// The rows of a CUDA block: of which job, and which of its blocks. False if it turned queries instead. Its table is in shared memory.
+struct tq_part {
+    const tq_encode_job * job;
+    const tq_codec      * codec;
+    int                   block;
+};
+
+static __device__ __forceinline__ bool tq_begin(const tq_encode_args & args, float * table, tq_part & part) {
+    int block = (int) blockIdx.x - args.n_queries;
+    if (block < 0) {
+        tq_turn_queries(args.queries, (int) (blockIdx.x*blockDim.x + threadIdx.x));
+        return false;
+    }
+    const int second = block >= args.n_first;
+    part = { &args.job[second], &args.codec[second], second ? block - args.n_first : block };
+    tq_share_table(*part.codec, table);
+    return true;
 }
 
 template <tq_kind kind, int bits>
@@ -76,13 +137,14 @@ static __device__ void tq_encode_scalar(const tq_encode_job & job, const tq_code
 // _mse and _qjl: a warp a block
 static __global__ void __launch_bounds__(32*TQ_ENCODE_WARPS) tq_encode_rows(const __grid_constant__ tq_encode_args args) {
     __shared__ float table[32];
-    const int second = (int) blockIdx.x >= args.n_first;
-    const tq_encode_job & job   = args.job  [second];
-    const tq_codec      & codec = args.codec[second];
+    tq_part part;
+    if (!tq_begin(args, table, part)) {
+        return;
+    }
+    const tq_encode_job & job   = *part.job;
+    const tq_codec      & codec = *part.codec;
     const int lane = threadIdx.x % 32;
-    tq_share_table(codec, table);
-
-    const int i = ((int) blockIdx.x - (second ? args.n_first : 0))*TQ_ENCODE_WARPS + threadIdx.x/32;
+    const int i    = part.block*TQ_ENCODE_WARPS + threadIdx.x/32;
     if (i >= job.rows.n_blocks) {
         return;
     }
@@ -118,14 +180,15 @@ static __global__ void __launch_bounds__(32*TQ_N_MULTIPLES, 1) tq_encode_rows_tc
     __shared__ float table[32];
     __shared__ float quality[TQ_N_MULTIPLES];
     extern __shared__ float2 searches[];
-    const int second = (int) blockIdx.x >= args.n_first;
-    const tq_encode_job & job   = args.job  [second];
-    const tq_codec      & codec = args.codec[second];
+    tq_part part;
+    if (!tq_begin(args, table, part)) {
+        return;
+    }
+    const tq_encode_job & job   = *part.job;
+    const tq_codec      & codec = *part.codec;
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    tq_share_table(codec, table);
-
-    const int i = (int) blockIdx.x - (second ? args.n_first : 0);
+    const int i    = part.block;
     switch (job.type) {
         case GGML_TYPE_TQ2_TCQ: tq_encode_trellis<2>(job, codec, table, i, (tq_search<2> *) searches, quality, lane, warp); break;
         case GGML_TYPE_TQ3_TCQ: tq_encode_trellis<3>(job, codec, table, i, (tq_search<3> *) searches, quality, lane, warp); break;
@@ -168,14 +231,15 @@ static __global__ void __launch_bounds__(TQ_SEARCH_THREADS, 5) tq_encode_many_tc
     __shared__ float   table[32];
     __shared__ tq_unit units[TQ_SEARCH_BLOCKS];
     extern __shared__ float2 searches[];
-    const int second = (int) blockIdx.x >= args.n_first;
-    const tq_encode_job & job   = args.job  [second];
-    const tq_codec      & codec = args.codec[second];
+    tq_part part;
+    if (!tq_begin(args, table, part)) {
+        return;
+    }
+    const tq_encode_job & job   = *part.job;
+    const tq_codec      & codec = *part.codec;
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    tq_share_table(codec, table);
-
-    const int first = ((int) blockIdx.x - (second ? args.n_first : 0))*TQ_SEARCH_BLOCKS;
+    const int first = part.block*TQ_SEARCH_BLOCKS;
     switch (job.type) {
         case GGML_TYPE_TQ2_TCQ: tq_encode_trellises(job, codec, table, first, *(tq_searches<2> *) searches, units, lane, warp); break;
         case GGML_TYPE_TQ3_TCQ: tq_encode_trellises(job, codec, table, first, *(tq_searches<3> *) searches, units, lane, warp); break;
@@ -196,7 +260,7 @@ bool tq_cuda_encode_together(ggml_type a, ggml_type b) {
     return ggml_tq_is_type(a) && ggml_tq_is_type(b) && is_tcq(a) == is_tcq(b);
 }
 
-void tq_cuda_encode(const tq_encode_job * jobs, int n_jobs, cudaStream_t stream) {
+void tq_cuda_encode(const tq_encode_job * jobs, int n_jobs, const tq_rope_job * queries, cudaStream_t stream) {
     int64_t n_all = 0;
     for (int j = 0; j < n_jobs; ++j) {
         n_all += jobs[j].rows.n_blocks;
@@ -221,15 +285,22 @@ void tq_cuda_encode(const tq_encode_job * jobs, int n_jobs, cudaStream_t stream)
             default: break;
         }
     }
+    const int n_threads = many ? TQ_SEARCH_THREADS : tcq ? 32*TQ_N_MULTIPLES : 32*TQ_ENCODE_WARPS;
+    if (queries) {
+        args.queries   = *queries;
+        args.n_queries = (queries->n_pairs + n_threads - 1)/n_threads;
+        n += args.n_queries;
+    }
     if (n == 0) {
         return;
     }
     GGML_ASSERT(n <= INT_MAX);
+    const ggml_cuda_kernel_launch_params params((int) n, n_threads, shared, stream);
     if (many) {
-        ggml_cuda_kernel_launch(tq_encode_many_tcq, ggml_cuda_kernel_launch_params((int) n, TQ_SEARCH_THREADS, shared, stream), args);
+        ggml_cuda_kernel_launch(tq_encode_many_tcq, params, args);
     } else if (tcq) {
-        ggml_cuda_kernel_launch(tq_encode_rows_tcq, ggml_cuda_kernel_launch_params((int) n, 32*TQ_N_MULTIPLES, shared, stream), args);
+        ggml_cuda_kernel_launch(tq_encode_rows_tcq, params, args);
     } else {
-        ggml_cuda_kernel_launch(tq_encode_rows, ggml_cuda_kernel_launch_params((int) n, 32*TQ_ENCODE_WARPS, 0, stream), args);
+        ggml_cuda_kernel_launch(tq_encode_rows, params, args);
     }
 }

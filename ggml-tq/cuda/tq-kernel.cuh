@@ -5,6 +5,7 @@
 
 #include "tq-cuda.cuh"
 #include "tq-block.cuh"
+#include "tq-rope.cuh"
 
 // dst->src[first .. first+2], which tq_cuda_center_supported has seen; {} if not set
 tq_key_center tq_cuda_center(const ggml_tensor * dst, int first);
@@ -59,17 +60,33 @@ template <typename F> static void tq_dispatch(ggml_type type, F f) {
 template <typename T>
 void tq_cuda_decode(ggml_type type, const void * src, T * dst, const tq_rows & rows, const tq_key_center & center, cudaStream_t stream);
 
-// Rows to encode. center, if set: they hold all heads of a token.
+// Rows to encode. Set for keys, whose rows hold all heads of a token: rope, what is done first to rows that are as before it
+// (heads may be apart), and center.
 struct tq_encode_job {
     const char *  src;
     char *        dst;
     ggml_type     type;
     tq_rows       rows;
     tq_key_center center;
+    tq_rope       rope;
 };
 
-// one or two tensors, in one launch
-void tq_cuda_encode(const tq_encode_job * jobs, int n_jobs, cudaStream_t stream);
+// RoPE of floats [head_dim, n_head, n_tokens]; dst may be src
+struct tq_rope_job {
+    const char * src;
+    char *       dst;
+    int          n_pairs;          // all
+    uint3        pair_div;         // pairs of a head, and
+    uint3        head_div;         // heads, as divisors (fastdiv)
+    int64_t      src_nb, dst_nb[2]; // bytes from token to token; from head to head, from token to token
+    tq_rope      rope;
+};
+
+// the rows that a SET_ROWS encodes
+tq_encode_job tq_cuda_set_rows_job(const ggml_tensor * dst);
+
+// one or two tensors, in one launch, and RoPE of queries, if any
+void tq_cuda_encode(const tq_encode_job * jobs, int n_jobs, const tq_rope_job * queries, cudaStream_t stream);
 
 // whether two tensors can go into one launch
 bool tq_cuda_encode_together(ggml_type a, ggml_type b);

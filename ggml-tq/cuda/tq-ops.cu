@@ -7,6 +7,7 @@ tq_key_center tq_cuda_center(const ggml_tensor * dst, int first) {
     }
     const ggml_tensor * centers = dst->src[first + 1];
     const ggml_tensor * table   = dst->src[first + 2];
+    GGML_ASSERT(table->ne[0] == std::max(1, ggml_get_op_params_i32(table, 1))); // a copy on another device has no parameters
     return {
         (const int32_t *) pos->data, (const float *) centers->data, (const float *) table->data,
         (int) centers->ne[0], ggml_get_op_params_i32(table, 1), ggml_get_op_params_i32(table, 0) == 1,
@@ -129,47 +130,17 @@ template to_fp32_nc_cuda_t ggml_tq_cuda_get_to_nc<float>      (ggml_type);
 // ops
 //
 
-static tq_encode_job set_rows_job(const ggml_tensor * dst) {
-    tq_encode_job job = { (const char *) dst->src[0]->data, (char *) dst->data, dst->type, rows_of(dst, dst->src[0]), tq_cuda_center(dst, 3) };
+tq_encode_job tq_cuda_set_rows_job(const ggml_tensor * dst) {
+    tq_encode_job job = {
+        (const char *) dst->src[0]->data, (char *) dst->data, dst->type, rows_of(dst, dst->src[0]), tq_cuda_center(dst, 3), {},
+    };
     set_index(job.rows, dst->src[1]);
     return job;
 }
 
 void ggml_tq_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const tq_encode_job job = set_rows_job(dst);
-    tq_cuda_encode(&job, 1, ctx.stream());
-}
-
-static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
-    return (const char *) a->data < (const char *) b->data + ggml_nbytes(b) && (const char *) b->data < (const char *) a->data + ggml_nbytes(a);
-}
-
-// neither writes what the other one reads or writes
-static bool independent(const ggml_tensor * a, const ggml_tensor * b) {
-    for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        // src[2] is the tensor that is written
-        if ((a->src[i] && i != 2 && overlap(a->src[i], b)) || (b->src[i] && i != 2 && overlap(b->src[i], a))) {
-            return false;
-        }
-    }
-    return !overlap(a, b);
-}
-
-int ggml_tq_cuda_set_rows_fused(ggml_backend_cuda_context & ctx, ggml_tensor ** nodes, int n_nodes) {
-    if (ctx.curr_stream_no != 0) { // what is next may belong to another stream
-        return 0;
-    }
-    int i = 1;
-    while (i < n_nodes && (nodes[i]->op == GGML_OP_VIEW || nodes[i]->op == GGML_OP_RESHAPE)) {
-        i++;
-    }
-    if (i == n_nodes || nodes[i]->op != GGML_OP_SET_ROWS || !(nodes[i]->flags & GGML_TENSOR_FLAG_COMPUTE) ||
-            !tq_cuda_encode_together(nodes[0]->type, nodes[i]->type) || !independent(nodes[0], nodes[i])) {
-        return 0;
-    }
-    const tq_encode_job jobs[2] = { set_rows_job(nodes[0]), set_rows_job(nodes[i]) };
-    tq_cuda_encode(jobs, 2, ctx.stream());
-    return i;
+    const tq_encode_job job = tq_cuda_set_rows_job(dst);
+    tq_cuda_encode(&job, 1, nullptr, ctx.stream());
 }
 
 bool ggml_tq_cuda_set_rows_supported(const ggml_tensor * dst) {
@@ -212,8 +183,8 @@ void ggml_tq_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, 
         rows = rows_of_blocks(packed->type, ggml_nelements(packed), sizeof(float));
     }
     if (encode) {
-        const tq_encode_job job = { (const char *) floats->data, (char *) packed->data, packed->type, rows, {} };
-        tq_cuda_encode(&job, 1, ctx.stream());
+        const tq_encode_job job = { (const char *) floats->data, (char *) packed->data, packed->type, rows, {}, {} };
+        tq_cuda_encode(&job, 1, nullptr, ctx.stream());
     } else {
         tq_cuda_decode(packed->type, packed->data, (float *) floats->data, rows, {}, ctx.stream());
     }

@@ -24,7 +24,7 @@ compile() {
 }
 
 for arch in ${*:-75 90}; do
-    for source in tq-encode tq-decode tq-ops; do
+    for source in tq-encode tq-decode tq-fuse tq-ops; do
         compile $source.cu "-fmad=false -ftz=false -prec-div=true -prec-sqrt=true" # as cmake/fork.cmake
     done
     compile tq-attention.cu ""

@@ -1,6 +1,6 @@
-// A device's ops on the cache types against the C library: rows that SET_ROWS and CPY encode must be equal to the bit, and so
-// must what GET_ROWS and CPY decode; FLASH_ATTN_EXT is compared with attention in double precision, with and without centered
-// keys, over views as a cache's. Also with parameters that are not the built-in ones.
+// A device's ops on the cache types against the C library: rows that SET_ROWS and CPY encode must be equal to the bit, also where
+// RoPE comes first, and so must what GET_ROWS and CPY decode; FLASH_ATTN_EXT is compared with attention in double precision,
+// with and without centered keys, over views as a cache's. Also with parameters that are not the built-in ones.
 // usage: test-backend [device [part of a type's name]]
 
 #include "ggml.h"
@@ -32,8 +32,10 @@ static void report(bool ok, const char * what, ggml_type type, const std::string
 
 // one op on tensors of its own: make() builds it, set() fills its sources
 struct run {
-    ggml_context_ptr        ctx { ggml_init({ 32*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
+    ggml_context_ptr        ctx { ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
     ggml_backend_buffer_ptr buffer;
+    ggml_backend_ptr        cpu;
+    ggml_backend_sched_ptr  sched;
     ggml_cgraph * graph = nullptr;
     std::vector<std::pair<ggml_tensor *, std::function<void(ggml_tensor *)>>> inputs;
 
@@ -47,6 +49,14 @@ struct run {
         return input(t, [data](ggml_tensor * t) { ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t)); });
     }
 
+    void allocate() {
+        buffer.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
+        ggml_backend_buffer_clear(buffer.get(), 0x5a); // what is not written shows
+        for (auto & [tensor, set] : inputs) {
+            set(tensor);
+        }
+    }
+
     bool compute(const std::vector<ggml_tensor *> & ops) { // in this order
         graph = ggml_new_graph_custom(ctx.get(), 32, false);
         for (ggml_tensor * op : ops) {
@@ -55,12 +65,32 @@ struct run {
             }
             ggml_build_forward_expand(graph, op);
         }
-        buffer.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
-        ggml_backend_buffer_clear(buffer.get(), 0x5a); // what is not written shows
+        allocate();
+        return ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS;
+    }
+
+    // the same through a scheduler, which has the backend optimize the graph before it gives tensors their places; the first op's
+    // result can be read
+    void schedule(const std::vector<ggml_tensor *> & ops) {
+        ggml_backend_t backends[2] = { backend, backend };
+        if (ggml_backend_dev_type(ggml_backend_get_device(backend)) != GGML_BACKEND_DEVICE_TYPE_CPU) { // the last one must be it
+            cpu.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+            backends[1] = cpu.get();
+        }
+        sched.reset(ggml_backend_sched_new(backends + (cpu ? 0 : 1), nullptr, cpu ? 2 : 1, 128, false, true));
+        graph = ggml_new_graph_custom(ctx.get(), 32, false);
+        for (ggml_tensor * op : ops) {
+            ggml_build_forward_expand(graph, op);
+        }
+        for (auto & [tensor, set] : inputs) {
+            ggml_set_input(tensor);
+        }
+        ggml_set_output(ops[0]);
+        GGML_ASSERT(ggml_backend_sched_alloc_graph(sched.get(), graph));
         for (auto & [tensor, set] : inputs) {
             set(tensor);
         }
-        return ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS;
+        GGML_ASSERT(ggml_backend_sched_graph_compute(sched.get(), graph) == GGML_STATUS_SUCCESS);
     }
 };
 
@@ -290,6 +320,7 @@ struct centers {
         }
     }
 
+    // r: whose tensors they are
     void attach(run & r, ggml_tensor * op, int first, ggml_tensor * pos) const {
         op->src[first]     = pos;
         op->src[first + 1] = r.input(ggml_new_tensor_3d(r.ctx.get(), GGML_TYPE_F32, head_dim, n_head, 4), m);
@@ -391,6 +422,129 @@ static void test_set_rows_again(ggml_type type, std::mt19937_64 & rng) {
         return;
     }
     compare_rows("SET_ROWS again", type, 256, y, index, get<uint8_t>(dst));
+}
+
+// What a layer does before attention: RoPE of queries and keys, SET_ROWS of keys (centered or not) and values, which may be one
+// launch. The results are those of RoPE on its own, to the bit, and of the library's encoder. Planned: a scheduler has the graph in
+// a model's order first.
+struct layer_case {
+    ggml_type k, v;
+    int64_t n, n_head, n_head_kv;
+    int     mode, n_dims, n_offs;
+    bool    factors, yarn, centered, planned;
+};
+
+static ggml_tensor * rope(run & r, const layer_case & c, ggml_tensor * x, ggml_tensor * pos, ggml_tensor * factors) {
+    ggml_tensor * y = ggml_rope_ext(r.ctx.get(), x, pos, factors, c.n_dims, c.mode, 4096, 10000.0f, c.yarn ? 0.25f : 1.0f,
+        c.yarn ? 1.0f : 0.0f, c.yarn ? 0.9f : 1.0f, 32.0f, 1.0f);
+    if (c.n_offs) {
+        ggml_rope_set_offset(y, c.n_offs);
+    }
+    return y;
+}
+
+static void test_layer(const layer_case & c, std::mt19937_64 & rng) {
+    const int64_t d     = 128;
+    const int64_t n_all = c.n_head + 2*c.n_head_kv; // heads of one projection
+    const int64_t n_row = d*c.n_head_kv;
+    const centers center(d, c.n_head_kv, 64, c.mode == GGML_ROPE_TYPE_NEOX, rng);
+    std::normal_distribution<float> normal;
+    std::vector<float> x(d*n_all*c.n), f(c.n_dims/2);
+    for (float & v : x) {
+        v = 4.0f*normal(rng);
+    }
+    for (float & v : f) {
+        v = std::exp(std::fabs(normal(rng)));
+    }
+    std::vector<int32_t> pos(c.n);
+    std::vector<int64_t> index(c.n);
+    for (int64_t i = 0; i < c.n; ++i) {
+        pos  [i] = i == 0 ? 0 : (int32_t) (rng() % 40000);
+        index[i] = c.n - i;
+    }
+    const auto heads = [&](run & r, ggml_tensor * all, int64_t first, int64_t n) {
+        return ggml_view_3d(r.ctx.get(), all, d, n, c.n, d*sizeof(float), all->nb[1], first*d*sizeof(float));
+    };
+    const auto inputs = [&](run & r, ggml_tensor ** all, ggml_tensor ** p, ggml_tensor ** factors) {
+        *all     = r.input(ggml_new_tensor_2d(r.ctx.get(), GGML_TYPE_F32, d*n_all, c.n), x);
+        *p       = r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I32, c.n), pos);
+        *factors = c.factors ? r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_F32, c.n_dims/2), f) : nullptr;
+    };
+    run alone;
+    ggml_tensor * all, * p, * factors;
+    inputs(alone, &all, &p, &factors);
+    ggml_tensor * q = rope(alone, c, heads(alone, all, 0,        c.n_head   ), p, factors);
+    ggml_tensor * k = rope(alone, c, heads(alone, all, c.n_head, c.n_head_kv), p, factors);
+    if (!alone.compute({ q, k })) {
+        report(false, "layer", c.k, "RoPE not supported");
+        return;
+    }
+    const std::vector<float> want_q = get<float>(q);
+    std::vector<float>       want_k = get<float>(k);
+    std::vector<float>       want_v;
+    for (int64_t i = 0; i < c.n; ++i) {
+        const float * v = x.data() + (i*n_all + c.n_head + c.n_head_kv)*d;
+        want_v.insert(want_v.end(), v, v + n_row);
+        for (int64_t h = 0; c.centered && h < c.n_head_kv; ++h) {
+            center.add(h, pos[i], -1.0f, want_k.data() + i*n_row + h*d);
+            center.multiply(h, 1, want_k.data() + i*n_row + h*d);
+        }
+    }
+
+    run r;
+    run cache; // apart, as a cache is
+    ggml_tensor * dst_k = ggml_new_tensor_2d(cache.ctx.get(), c.k, n_row, c.n + 2);
+    ggml_tensor * dst_v = ggml_new_tensor_2d(cache.ctx.get(), c.v, n_row, c.n + 2);
+    inputs(r, &all, &p, &factors);
+    const auto projection = [&](int64_t first, int64_t n) {
+        ggml_tensor * t = heads(r, all, first, n);
+        return c.planned ? ggml_cont(r.ctx.get(), t) : t;
+    };
+    ggml_tensor * v = projection(c.n_head + c.n_head_kv, c.n_head_kv);
+    q = rope(r, c, projection(0,        c.n_head   ), p, factors);
+    k = rope(r, c, projection(c.n_head, c.n_head_kv), p, factors);
+    const auto set_rows = [&](ggml_tensor * dst, ggml_tensor * src) {
+        return ggml_set_rows(r.ctx.get(), dst, ggml_view_2d(r.ctx.get(), src, n_row, c.n, src->nb[2], 0),
+            r.input(ggml_new_tensor_1d(r.ctx.get(), GGML_TYPE_I64, c.n), index));
+    };
+    ggml_tensor * set_k = set_rows(dst_k, k);
+    ggml_tensor * set_v = set_rows(dst_v, v);
+    if (c.centered) {
+        center.attach(cache, set_k, 3, p);
+    }
+    cache.allocate();
+    if (c.planned) {
+        r.schedule({ q, v, k, set_k, set_v });
+    } else {
+        r.compute({ q, set_k, set_v });
+    }
+    if (strncmp(ggml_backend_name(backend), "CUDA", 4) == 0) { // it is one launch: RoPE is next to RoPE, and that of keys is not kept
+        int at = 0;
+        while (ggml_graph_node(r.graph, at) != q) {
+            at++;
+        }
+        const std::vector<uint8_t> kept = c.planned ? std::vector<uint8_t>() : get<uint8_t>(k);
+        const bool one = c.planned ? ggml_graph_node(r.graph, at + 1) == k :
+            std::all_of(kept.begin(), kept.end(), [](uint8_t x) { return x == 0x5a; });
+        report(one, "layer", c.k, "not in one launch");
+    }
+    compare     ("layer's queries", c.k, want_q, get<float>(q));
+    compare_rows("layer's keys",    c.k, n_row, want_k, index, get<uint8_t>(dst_k));
+    compare_rows("layer's values",  c.v, n_row, want_v, index, get<uint8_t>(dst_v));
+}
+
+static void test_layers(ggml_type type, std::mt19937_64 & rng) {
+    const ggml_type other = type == GGML_TYPE_TQ3_TCQ ? GGML_TYPE_TQ4_TCQ : type == GGML_TYPE_TQ4_TCQ ? GGML_TYPE_TQ3_MSE : type;
+    for (const int mode : { GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX }) {
+        for (const bool planned : { false, true }) {
+            test_layer({ type, other,   1, 8, 2, mode, 128,  0, false, false, false, planned }, rng);
+            test_layer({ type, type,    1, 8, 2, mode, 128,  0, true,  false, true,  planned }, rng);
+            test_layer({ type, type,    5, 3, 3, mode, 128,  0, true,  true,  false, planned }, rng);
+            test_layer({ type, other, 130, 9, 3, mode,  64,  0, false, false, true,  planned }, rng);
+            test_layer({ type, type,   17, 4, 1, mode,  96, 32, false, true,  false, planned }, rng);
+            test_layer({ type, type,  520, 8, 2, mode, 128,  0, false, false, false, planned }, rng);
+        }
+    }
 }
 
 //
@@ -645,6 +799,16 @@ static void test_attentions(const std::vector<ggml_type> & types, std::mt19937_6
                 }
             }
         }
+        // so many keys that a block has two key heads, if they are even in number
+        test_attention({ k, v,  64,  64, 96, 32, 4100, 1,  1, true,  true }, rng);
+        test_attention({ k, v,  64,  64, 64, 32, 4200, 1,  1, false, false, true,  8.0f, 5.0f }, rng);
+        test_attention({ k, v,  64,  64, 64, 32,  300, 1, 16, true,  true,  true }, rng);
+        test_attention({ k, v,  64,  64,  9,  3, 43700, 1, 1, false }, rng);
+        test_attention({ k, v, 128, 128, 32, 32, 4101, 1,  1, true,  false, true }, rng);
+        test_attention({ k, v, 128, 128, 16,  8, 4100, 2,  4, true,  true }, rng);
+        test_attention({ k, v, 128, 128, 64, 16, 8193, 1,  1, true,  true,  false, 0.0f, 0.0f, 1.0f, 7 }, rng);
+        // so few heads that there are more than 32 parts
+        test_attention({ k, v, 256, 256,  4,  1, 9000, 1,  1, false, true,  true }, rng);
         test_attention({ k, v, 128, 128, 8, 2, 9000, 1, 1, true,  true }, rng);
         test_attention({ k, v,  64,  64, 4, 4,  5000, 1, 8, false, true }, rng);
     }
@@ -654,11 +818,15 @@ static void test_attentions(const std::vector<ggml_type> & types, std::mt19937_6
 static void test_few(ggml_type type, std::mt19937_64 & rng) {
     test_set_rows(type, rng, true,  64,   3, 0);
     test_set_rows(type, rng, true, 4096, 67, 0);
+    test_layer({ type, type, 2, 8, 2, GGML_ROPE_TYPE_NEOX, 128, 0, true, true, true, true }, rng);
     test_attention({ type, type, 128, 128, 8, 2, 1100, 1, 1, true,  true }, rng);
     test_attention({ type, type, 128, 128, 4, 1,  300, 1, 1, false, true }, rng);
     test_attention({ type, type, 128, 128, 8, 1,  300, 1, 1, true,  true }, rng);
     test_attention({ type, type, 128, 128, 8, 1,  300, 2, 1, true,  true }, rng);
     test_attention({ type, type,  64,  64, 3, 1,  300, 1, 1, true,  true }, rng);
+    test_attention({ type, type,  64,  64, 96, 32, 4100, 1, 1, true, true }, rng);
+    test_attention({ type, type, 128, 128, 32,  8, 16390, 1, 1, true, true }, rng);
+    test_attention({ type, type, 256, 256,  4,  1, 9000, 1, 1, false, true }, rng);
     test_attention({ type, type, 256, 256, 2, 1,  300, 1, 1, false, true }, rng);
     test_attention({ type, type, 128, 128, 8, 2,  256, 1, 1, true, true, false, 0.0f, 0.0f, 1.0f, 7 }, rng);
     test_attention({ type, type, 128, 128, 4, 2,  303, 33, 2, true, true }, rng);
@@ -698,6 +866,7 @@ int main(int argc, char ** argv) {
             test_set_rows(type, rng, true,  4096, 67,  0); // trellises: so many that threads search alone
             test_copies(type, rng);
             test_set_rows_again(type, rng);
+            test_layers(type, rng);
             for (const ggml_type v : { GGML_TQ_TYPE_LIST }) {
                 test_set_rows_pair(type, v, rng, 3);
                 test_set_rows_pair(type, v, rng, 301);

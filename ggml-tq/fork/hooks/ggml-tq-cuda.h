@@ -20,7 +20,8 @@ static inline bool ggml_tq_cuda_center_supported   (const ggml_tensor * dst, con
     return !ggml_tq_is_type(k->type) && !ggml_tq_is_type(dst->src[2]->type);
 }
 
-static inline int  ggml_tq_cuda_set_rows_fused(ggml_backend_cuda_context &, ggml_tensor **, int)           { return 0; }
+static inline int  ggml_tq_cuda_fuse(ggml_backend_cuda_context &, const ggml_cgraph *, int)                { return 0; }
+static inline void ggml_tq_cuda_graph_optimize(ggml_cgraph *)                                              {}
 static inline void ggml_tq_cuda_set_rows (ggml_backend_cuda_context &, ggml_tensor *)                      { GGML_ABORT("not supported"); }
 static inline void ggml_tq_cuda_get_rows (ggml_backend_cuda_context &, ggml_tensor *)                      { GGML_ABORT("not supported"); }
 static inline void ggml_tq_cuda_attention(ggml_backend_cuda_context &, ggml_tensor *)                      { GGML_ABORT("not supported"); }

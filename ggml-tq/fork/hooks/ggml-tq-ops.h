@@ -25,6 +25,7 @@ struct ggml_tq_center {
             const ggml_tensor * table = op->src[first + 2];
             GGML_ASSERT(pos->type == GGML_TYPE_I32 && centers->type == GGML_TYPE_F32 && table->type == GGML_TYPE_F32);
             GGML_ASSERT(centers->ne[2] == 4);
+            GGML_ASSERT(table->ne[0] == std::max(1, table->op_params[1])); // a copy on another device has no parameters
             center = { (int32_t) centers->ne[0], table->op_params[1], table->op_params[0], (const float *) table->data };
         }
     }
