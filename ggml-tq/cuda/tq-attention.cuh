@@ -2,12 +2,13 @@
 
 // Attention of few queries over packed keys and values (docs/decisions/0008-cuda-attention.md).
 //
-// A CUDA block has one key head of one stream, up to N rows (queries times heads of the group) and a part of the cells. Its
+// A CUDA block has one key head of one stream or two, up to N rows (queries times heads of the group) of each and a part of the cells. Its
 // warps take tiles of 16 cells in turn, each with a pipeline of its own from global to shared memory. Scores and outputs are
 // computed transposed, cells or coordinates along the 16 rows of a tensor-core operand and attention rows along its 8 columns,
-// in the rotated basis. Up to four rows fill half of the columns: then the warp's cells are two halves, that take turns at the
-// tensor cores, but share the columns, so that everything that is done to scores is done to both at once. The block that is
-// done last with a row combines the parts, in their order, and turns the output back.
+// in the rotated basis. Up to four rows fill half of the columns: then a warp has two tiles at a time or, where there are many
+// cells, two adjacent key heads. They take turns at the tensor cores, but share the columns, so that everything that is done to
+// scores is done to both at once. Rows of two heads are longer, which wastes less of the 32 bytes that memory is read in. The
+// block that is done last with a row combines the parts, in their order, and turns the output back.
 
 #include "tq-fragment.cuh"
 #include "tq-kernel.cuh"
@@ -28,11 +29,11 @@ struct tq_attention_args {
     float scale, max_bias, cap;
     int   n_kv, n_q, n_head, n_head_kv, n_stream;
     uint3 group_div;         // heads of a key head, and
-    uint3 head_kv_div;       // key heads, as divisors (fastdiv)
+    uint3 head_kv_div;       // key heads over those of a block, as divisors (fastdiv)
     int   n_splits;
-    int   n_warps, n_iter;   // warps of a block that have cells; tiles of each half of a warp,
+    int   n_warps, n_iter;   // warps of a block that have cells; turns of a warp,
     int   n_turn;            // so many of them adjacent: a power of two, at least 4 (a span) for centered keys
-    int   n_stride;          // positions from one span of a half to the next, mostly
+    int   n_stride;          // positions from one span to the next, mostly
     float  * part_o;         // [D, n_splits, n_head, n_q, n_stream]
     float2 * part_ml;        // [n_splits, n_head, n_q, n_stream]: greatest score (base 2), sum of weights
     int    * n_done;         // [blocks of the grid with one split]: zeros, and zeros again after the kernel
@@ -58,37 +59,46 @@ static __device__ __forceinline__ const float * tq_query(const tq_attention_args
     return (const float *) ((const char *) args.q + p.query*args.q_nb[0] + p.head*args.q_nb[1] + stream*args.q_nb[2]);
 }
 
-// a row of one head; it is copied in pieces of 16 bytes that hold it, whatever its alignment; an odd number of them spreads banks
+// bytes, where rows of D coordinates follow each other
+static constexpr int tq_row_align(int D) { return D % 256 == 0 ? 8 : D % 128 == 0 ? 4 : 2; }
+
+// a row of D coordinates; it is copied in pieces of 16 bytes that hold it, whatever its alignment; an odd number of them spreads
+// banks
 template <int D, int bits> struct tq_row_layout {
-    static constexpr int align    = D % 256 == 0 ? 8 : D % 128 == 0 ? 4 : 2;
+    static constexpr int align    = tq_row_align(D);
     static constexpr int block    = 2 + 8*bits;
     static constexpr int bytes    = D/64*block;
     static constexpr int n_pieces = (bytes + 16 - align + 15)/16;
     static constexpr int pitch    = 16*(n_pieces | 1);
 };
 
-template <int D, int N, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits> struct tq_attention_config {
-    using k_row = tq_row_layout<D, k_bits>;
-    using v_row = tq_row_layout<D, v_bits>;
+template <int D, int N, int n_heads_, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits> struct tq_attention_config {
     static constexpr int n_blocks = D/64;
     static constexpr int R8       = (N + 7)/8;
-    static constexpr int n_cols   = 8*R8;     // column c is row c % N, of half c / N
-    static constexpr int n_halves = n_cols/N;
+    static constexpr int n_cols   = 8*R8;
+    static constexpr int n_heads  = n_heads_;       // key heads of a CUDA block,
+    static constexpr int n_sides  = n_cols/N;       // one for each side of the columns, column c is row c % N of side c / N;
+    static constexpr int n_tiles  = n_sides/n_heads; // or a tile for each
+    static constexpr int n_rows   = N*n_heads;
+    using k_row = tq_row_layout<n_heads*D, k_bits>;
+    using v_row = tq_row_layout<n_heads*D, v_bits>;
+    static constexpr int k_side   = n_heads > 1 ? k_row::bytes/n_heads : TQ_TILE*k_row::pitch; // in a stage, bytes from side to side
+    static constexpr int v_side   = n_heads > 1 ? v_row::bytes/n_heads : TQ_TILE*v_row::pitch;
     static constexpr int n_warps  = D*R8 <= 128 ? 16 : 8;
     static constexpr bool q_in_registers = D*R8 <= 128;
 
     static constexpr int k_entries    = tq_pairs<k_kind, k_bits>::n_entries;
     static constexpr int v_entries    = tq_pairs<v_kind, v_bits>::n_entries;
-    static constexpr int n_stages     = 2/n_halves;
-    static constexpr int k_bytes      = n_halves*TQ_TILE*k_row::pitch; // of a warp's stage
-    static constexpr int stage_bytes  = n_halves*TQ_TILE*(k_row::pitch + v_row::pitch);
+    static constexpr int n_stages     = 2/n_sides;
+    static constexpr int k_bytes      = n_tiles*TQ_TILE*k_row::pitch; // of a warp's stage
+    static constexpr int stage_bytes  = n_tiles*TQ_TILE*(k_row::pitch + v_row::pitch);
     static constexpr int table_bytes  = 256*(k_entries > v_entries ? k_entries : v_entries);
     static constexpr int q_bytes      = n_cols*D*2*(k_kind == TQ_KIND_QJL ? 2 : 1);
     static constexpr int weight_pitch = D/2 + 1; // pairs of a row
-    static constexpr int weight_bytes = N*(2*weight_pitch + 2)*4;
+    static constexpr int weight_bytes = n_rows*(2*weight_pitch + 2)*4;
     static constexpr int step_pitch   = 36; // of turned weights, in pairs of words: 32 lanes', and 4 that spread banks
     static constexpr int turned_bytes = R8*(D/16)*step_pitch*8;
-    static constexpr int at_bytes     = n_halves*D*4;
+    static constexpr int at_bytes     = n_tiles*D*4;
     static constexpr int center_bytes = weight_bytes + 64*D*2 + n_warps*(turned_bytes + n_cols*4 + at_bytes) + D*4;
     static constexpr int loop_bytes   = table_bytes + q_bytes + n_stages*n_warps*stage_bytes;
     static constexpr int n_merge      = R8*n_blocks*4*32; // accumulators of a warp, in fours
@@ -181,6 +191,7 @@ static __device__ __forceinline__ float tq_sum_of_cells(float x) {
 // that has pieces of several rows needs several accesses. Bytes around a row in its first and last 16 are read, never more.
 template <typename row> struct tq_copier {
     static constexpr int n_lanes = row::n_pieces <= 4 ? 4 : row::n_pieces <= 8 ? 8 : 16;
+    static_assert(row::n_pieces <= 16, "a row has too many pieces");
     static constexpr int n_rows  = 32/n_lanes;
     static constexpr int n       = TQ_TILE/n_rows;
     static constexpr bool even   = n_rows*row::align % 16 == 0; // n_rows on, addresses have the same alignment
@@ -286,16 +297,17 @@ static __device__ __forceinline__ void tq_value_operand(const char * table, uint
 template <typename cfg> struct tq_center_shared {
     char * base;
 
-    static constexpr int D  = cfg::n_blocks*64;
-    static constexpr int R8 = cfg::R8;
-    static constexpr int N  = cfg::n_cols/cfg::n_halves;
+    static constexpr int D      = cfg::n_blocks*64;
+    static constexpr int R8     = cfg::R8;
+    static constexpr int n_rows = cfg::n_rows; // of all heads; column c is row c % n_rows
+    static constexpr int N      = n_rows/cfg::n_heads;
 
     // [position/16][step][lane]: operand of cosines and sines
     __device__ uint4 * steps() const { return (uint4 *) base; }
     // of this warp: [row/8][step][lane]: operand of turned weights; [row]: the sums of turned weights of cosines
     __device__ uint2 * turned() const { return (uint2 *) (base + 64*D*2 + threadIdx.x/32*cfg::turned_bytes); }
     __device__ float * sums() const { return (float *) (base + 64*D*2 + cfg::n_warps*cfg::turned_bytes) + threadIdx.x/32*cfg::n_cols; }
-    // of this lane: cosines and sines at the start of its warp's span, [half][i] of pairs lane + 32*i
+    // of this lane: cosines and sines at the start of its warp's spans, [tile][i] of pairs lane + 32*i
     __device__ float2 * at() const {
         return (float2 *) (base + 64*D*2 + cfg::n_warps*(cfg::turned_bytes + cfg::n_cols*4) + threadIdx.x/32*cfg::at_bytes) + threadIdx.x%32;
     }
@@ -305,8 +317,8 @@ template <typename cfg> struct tq_center_shared {
     // [row][pair] of (wc, ws), then [row] of what does not turn and [row] of what is the score's part at position 0
     __device__ float * weights() const { return (float *) (base + cfg::center_bytes - cfg::weight_bytes); }
     __device__ float2 & weight(int row, int pair) const { return ((float2 *) weights())[row*cfg::weight_pitch + pair]; }
-    __device__ float  & rest  (int row)           const { return weights()[N*2*cfg::weight_pitch + row]; }
-    __device__ float  & first (int row)           const { return weights()[N*(2*cfg::weight_pitch + 1) + row]; }
+    __device__ float  & rest  (int row)           const { return weights()[n_rows*2*cfg::weight_pitch + row]; }
+    __device__ float  & first (int row)           const { return weights()[n_rows*(2*cfg::weight_pitch + 1) + row]; }
 
     static constexpr int n_steps = D/16; // those past n_rot are zero
 
@@ -314,28 +326,33 @@ template <typename cfg> struct tq_center_shared {
     __device__ float & raw(int row, int i) const { return ((float *) (base + 64*D*2))[row*D + i]; }
 
     static constexpr int n_threads   = 32*cfg::n_warps;
-    static constexpr int n_of_thread = (N*D/2 + n_threads - 1)/n_threads;
+    static constexpr int n_of_thread = (n_rows*D/2 + n_threads - 1)/n_threads;
 
-    // centers of a key head: of the pairs whose weights this thread makes; of coordinates lane + 32*k, those that do not turn,
-    // and all at position 0
+    // centers: of the pairs whose weights this thread makes; of coordinates lane + 32*k of the key head of its warp's first
+    // row, those that do not turn, and all at position 0
     struct operands {
         float m[n_of_thread][2];
         float rest[D/32], first[D/32];
     };
 
+    // the first row whose rest this warp sums up; others, of the same key head, are n_warps on
+    static __device__ int warp_row() { return cfg::n_warps - 1 - threadIdx.x/32; }
+
     // the operand of cosines and sines, and what is read for weights; none of it depends on earlier kernels
-    __device__ operands start(const tq_attention_args & args, int head) const {
+    __device__ operands start(const tq_attention_args & args, int head0) const {
         const tq_key_center & c = args.center;
         const int n_pairs = c.n_rot/2;
-        const float * m  = c.centers + (int64_t) head*c.head_dim;
-        const float * m0 = m + (int64_t) 3*c.n_head*c.head_dim;
         operands x;
 #pragma unroll
         for (int i = 0; i < n_of_thread; ++i) {
+            const int row  = (i*n_threads + threadIdx.x) / (D/2);
             const int pair = (i*n_threads + threadIdx.x) % (D/2);
+            const float * m = c.centers + (int64_t) (head0 + row/N % cfg::n_heads)*c.head_dim;
             x.m[i][0] = pair < n_pairs ? m[c.neox ? pair           : 2*pair    ] : 0.0f;
             x.m[i][1] = pair < n_pairs ? m[c.neox ? pair + n_pairs : 2*pair + 1] : 0.0f;
         }
+        const float * m  = c.centers + (int64_t) (head0 + warp_row()/N % cfg::n_heads)*c.head_dim;
+        const float * m0 = m + (int64_t) 3*c.n_head*c.head_dim;
 #pragma unroll
         for (int k = 0; k < D/32; ++k) {
             const int i = threadIdx.x % 32 + 32*k;
@@ -373,13 +390,13 @@ template <typename cfg> struct tq_center_shared {
         for (int i = 0; i < n_of_thread; ++i) {
             const int row  = (i*n_threads + threadIdx.x) / (D/2);
             const int pair = (i*n_threads + threadIdx.x) % (D/2);
-            if (row < N) {
+            if (row < n_rows) {
                 const float qa = pair < n_pairs ? raw(row, c.neox ? pair           : 2*pair    ) : 0.0f;
                 const float qb = pair < n_pairs ? raw(row, c.neox ? pair + n_pairs : 2*pair + 1) : 0.0f;
                 weight(row, pair) = make_float2(qa*x.m[i][0] + qb*x.m[i][1], qb*x.m[i][0] - qa*x.m[i][1]);
             }
         }
-        for (int row = cfg::n_warps - 1 - threadIdx.x/32; row < N; row += cfg::n_warps) {
+        for (int row = warp_row(); row < n_rows; row += cfg::n_warps) {
             float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
             for (int k = 0; k < D/32; ++k) {
@@ -403,24 +420,24 @@ template <typename cfg> struct tq_center_shared {
         __syncwarp();
     }
 
-    // what turns weights to the spans whose first cells are at positions p (of the lane's own half); last: those of the spans
+    // what turns weights to the spans whose first cells are at positions p (of the lane's own side); last: those of the spans
     // before, INT_MIN if there are none
     __device__ void seek(const tq_attention_args & args, int p, int last) const {
         const tq_key_center & c = args.center;
 #pragma unroll
-        for (int h = 0; h < cfg::n_halves; ++h) {
-            const int  p_h  = __shfl_sync(TQ_WARP, p, 2*h);
-            const bool next = p_h == __shfl_sync(TQ_WARP, last, 2*h) + args.n_stride;
+        for (int t = 0; t < cfg::n_tiles; ++t) {
+            const int  p_t  = __shfl_sync(TQ_WARP, p, 2*t);
+            const bool next = p_t == __shfl_sync(TQ_WARP, last, 2*t) + args.n_stride;
 #pragma unroll
             for (int i = 0; i < D/64; ++i) {
                 const int pair = threadIdx.x % 32 + 32*i;
-                float2 & at = this->at()[h*(D/2) + 32*i];
+                float2 & at = this->at()[t*(D/2) + 32*i];
                 if (next) { // some spans on, the error is far below that of f16
                     const float2 a = at;
                     const float2 b = span()[pair];
                     at = make_float2(a.x*b.x - a.y*b.y, a.x*b.y + a.y*b.x);
                 } else {
-                    at = pair < c.n_rot/2 ? tq_center_turn(c, pair, p_h) : make_float2(0.0f, 0.0f);
+                    at = pair < c.n_rot/2 ? tq_center_turn(c, pair, p_t) : make_float2(0.0f, 0.0f);
                 }
             }
         }
@@ -428,12 +445,12 @@ template <typename cfg> struct tq_center_shared {
 
     __device__ void turn(int n_rows_used) const {
         const int lane = threadIdx.x % 32;
-        float2 at[cfg::n_halves][D/64];
+        float2 at[cfg::n_tiles][D/64];
 #pragma unroll
-        for (int h = 0; h < cfg::n_halves; ++h) {
+        for (int t = 0; t < cfg::n_tiles; ++t) {
 #pragma unroll
             for (int i = 0; i < D/64; ++i) {
-                at[h][i] = this->at()[h*(D/2) + 32*i];
+                at[t][i] = this->at()[t*(D/2) + 32*i];
             }
         }
         uint32_t * turned_at = (uint32_t *) (turned() + lane/8*cfg::step_pitch + lane % 4) + lane/4 % 2;
@@ -446,13 +463,12 @@ template <typename cfg> struct tq_center_shared {
                 if ((8*r + i0) % N < n_rows_used) {
 #pragma unroll
                     for (int i = i0; i < i0 + 4; ++i) {
-                        const int row  = (8*r + i) % N;
-                        const int half = (8*r + i) / N;
+                        const int tile = (8*r + i) / n_rows;
 #pragma unroll
                         for (int k = 0; k < D/64; ++k) {
-                            const float2 w  = weight(row, lane + 32*k);
-                            const float  wc = w.x*at[half][k].x + w.y*at[half][k].y;
-                            const float  ws = w.y*at[half][k].x - w.x*at[half][k].y;
+                            const float2 w  = weight((8*r + i) % n_rows, lane + 32*k);
+                            const float  wc = w.x*at[tile][k].x + w.y*at[tile][k].y;
+                            const float  ws = w.y*at[tile][k].x - w.x*at[tile][k].y;
                             sum[i] += wc;
                             turned_at[2*((r*n_steps + 4*k)*cfg::step_pitch + 4*i)] = tq_pack(wc, ws);
                         }
@@ -472,7 +488,7 @@ template <typename cfg> struct tq_center_shared {
             sum[0] += __shfl_xor_sync(TQ_WARP, sum[0], 2);
             sum[0] += __shfl_xor_sync(TQ_WARP, sum[0], 1);
             if (lane % 4 == 0) {
-                sums()[8*r + lane/4] = sum[0] + rest((8*r + lane/4) % N);
+                sums()[8*r + lane/4] = sum[0] + rest((8*r + lane/4) % n_rows);
             }
         }
     }
@@ -532,16 +548,16 @@ template <typename cfg> struct tq_center_shared {
             float sum[R8][2];
 #pragma unroll
             for (int r = 0; r < R8; ++r) {
-                sum[r][0] = rest((8*r + 2*j    ) % N);
-                sum[r][1] = rest((8*r + 2*j + 1) % N);
+                sum[r][0] = rest((8*r + 2*j    ) % n_rows);
+                sum[r][1] = rest((8*r + 2*j + 1) % n_rows);
             }
 #pragma unroll 1
             for (int pair = 0; pair < c.n_rot/2; ++pair) {
                 const float2 at = tq_center_turn(c, pair, p[t]);
 #pragma unroll
                 for (int r = 0; r < R8; ++r) {
-                    const float2 w0 = weight((8*r + 2*j    ) % N, pair);
-                    const float2 w1 = weight((8*r + 2*j + 1) % N, pair);
+                    const float2 w0 = weight((8*r + 2*j    ) % n_rows, pair);
+                    const float2 w1 = weight((8*r + 2*j + 1) % n_rows, pair);
                     sum[r][0] += w0.x*at.x + w0.y*at.y;
                     sum[r][1] += w1.x*at.x + w1.y*at.y;
                 }
@@ -555,49 +571,63 @@ template <typename cfg> struct tq_center_shared {
     }
 };
 
-// coordinates lane and lane + 32 of the output of a row, from its parts; sink: a score (base 2) without a value
-template <int D> static __device__ __forceinline__ float2 tq_combine(const float * part_o, const float2 * part_ml, int n_splits, float sink) {
-    float  top = fmaxf(sink, -1e30f);
-    float  sum = tq_exp2(sink - top);
-    float2 o   = make_float2(0.0f, 0.0f);
-    for (int i0 = 0; i0 < n_splits; i0 += 16) { // so many loads at once
-        float2 ml[16];
-        float2 part[16];
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const bool some = i0 + i < n_splits;
-            ml  [i] = some ? __ldcg(part_ml + i0 + i) : make_float2(-1e30f, 0.0f);
-            part[i] = some ? make_float2(__ldcg(part_o + (i0 + i)*D), __ldcg(part_o + (i0 + i)*D + 32)) : make_float2(0.0f, 0.0f);
-        }
-        const float before = top;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            top = fmaxf(top, ml[i].x);
-        }
-        const float down = tq_exp2(before - top);
-        sum *= down;
-        o = tq_scale(o, down);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const float w = tq_exp2(ml[i].x - top);
-            sum += ml[i].y*w;
-            o.x += part[i].x*w;
-            o.y += part[i].y*w;
-        }
-    }
+// by the sum of weights
+static __device__ __forceinline__ float2 tq_divide(float2 o, float sum) {
     return tq_scale(o, sum > 0.0f ? 1.0f/sum : sum == 0.0f ? 0.0f : sum); // a NaN passes
 }
 
-template <int D, int N, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits, bool centered>
-static __global__ void __launch_bounds__(32*tq_attention_config<D, N, k_kind, k_bits, v_kind, v_bits>::n_warps, 1)
+// coordinates lane and lane + 32 of the output of a row, from its parts; sink: a score (base 2) without a value
+template <int D> static __device__ __forceinline__ float2 tq_combine(const float * part_o, const float2 * part_ml, int n_splits, float sink) {
+    constexpr int n = 32; // so many loads at once
+    const int lane = threadIdx.x % 32;
+    float  top = fmaxf(sink, -1e30f);
+    float  sum = lane == 0 ? tq_exp2(sink - top) : 0.0f; // of this lane's parts
+    float2 o   = make_float2(0.0f, 0.0f);
+    for (int i0 = 0; i0 < n_splits; i0 += n) {
+        const float2 ml = i0 + lane < n_splits ? __ldcg(part_ml + i0 + lane) : make_float2(-1e30f, 0.0f);
+        float2 part[n];
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const bool some = i0 + i < n_splits;
+            part[i] = some ? make_float2(__ldcg(part_o + (i0 + i)*D), __ldcg(part_o + (i0 + i)*D + 32)) : make_float2(0.0f, 0.0f);
+        }
+        const float before = top;
+        top = fmaxf(top, ml.x);
+#pragma unroll
+        for (int h = 16; h > 0; h /= 2) {
+            top = fmaxf(top, __shfl_xor_sync(TQ_WARP, top, h));
+        }
+        const float down = tq_exp2(before - top);
+        const float w    = tq_exp2(ml.x - top);
+        sum = sum*down + ml.y*w;
+        o   = tq_scale(o, down);
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const float wi = __shfl_sync(TQ_WARP, w, i);
+            o.x += part[i].x*wi;
+            o.y += part[i].y*wi;
+        }
+    }
+#pragma unroll
+    for (int h = 16; h > 0; h /= 2) {
+        sum += __shfl_xor_sync(TQ_WARP, sum, h);
+    }
+    return tq_divide(o, sum);
+}
+
+template <int D, int N, int n_heads, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits, bool centered>
+static __global__ void __launch_bounds__(32*tq_attention_config<D, N, n_heads, k_kind, k_bits, v_kind, v_bits>::n_warps, 1)
 tq_attention_parts(const __grid_constant__ tq_attention_args args) {
 #if __CUDA_ARCH__ >= GGML_CUDA_CC_AMPERE
-    using cfg = tq_attention_config<D, N, k_kind, k_bits, v_kind, v_bits>;
+    using cfg = tq_attention_config<D, N, n_heads, k_kind, k_bits, v_kind, v_bits>;
     using k_row = typename cfg::k_row;
     using v_row = typename cfg::v_row;
     constexpr int n_warps  = cfg::n_warps;
     constexpr int n_blocks = cfg::n_blocks;
-    constexpr int n_halves = cfg::n_halves;
+    constexpr int n_sides  = cfg::n_sides;
+    constexpr int n_tiles  = cfg::n_tiles;
+    constexpr int n_cols   = cfg::n_cols;
+    constexpr int n_rows   = cfg::n_rows;
     constexpr int R8       = cfg::R8;
 
     extern __shared__ __align__(256) char shared[];
@@ -605,7 +635,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     half * const q_shared = (half *) (shared + cfg::table_bytes);
     char * const stages   = shared + cfg::table_bytes + cfg::q_bytes;
     const tq_center_shared<cfg> centers = { shared + cfg::loop_bytes };
-    __shared__ int merge_top[N];
+    __shared__ int merge_top[n_rows];
 
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
@@ -615,36 +645,36 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     const int split  = blockIdx.y;
     const uint2 part_and_head = fast_div_modulo(blockIdx.x, args.head_kv_div);
     const int row0   = part_and_head.x*N;
-    const int head   = part_and_head.y;
+    const int head0  = part_and_head.y*n_heads; // the first key head
     const int stream = blockIdx.z;
     const int group  = args.group_div.z;
     const int n_rows_used = min(N, group*args.n_q - row0);
 
-    if (threadIdx.x < N) {
+    if (threadIdx.x < n_rows) {
         merge_top[threadIdx.x] = INT_MIN;
     }
 
-    // what this warp reads: halves of warps take turns, so that what a block reads at a time is close together
-    const char * k_base = args.k + head*args.k_nb[1] + stream*args.k_nb[2];
-    const char * v_base = args.v + head*args.v_nb[1] + stream*args.v_nb[2];
+    // what this warp reads: tiles of warps take turns, so that what a block reads at a time is close together
+    const char * k_base = args.k + head0*args.k_nb[1] + stream*args.k_nb[2];
+    const char * v_base = args.v + head0*args.v_nb[1] + stream*args.v_nb[2];
     const int k_nb  = (int) args.k_nb[0];
     const int v_nb  = (int) args.v_nb[0];
-    const int n_units = args.n_warps*n_halves;
-    const auto cell_of = [&](int half, int it) { // the first of a tile
+    const auto cell_of = [&](int tile, int it) { // the first of a tile
         const int it0 = it & -args.n_turn;
-        return ((split*args.n_iter + it0)*n_units + (warp*n_halves + half)*min(args.n_turn, args.n_iter - it0) + it - it0)*TQ_TILE;
+        return ((split*args.n_iter + it0)*args.n_warps*n_tiles + (warp*n_tiles + tile)*min(args.n_turn, args.n_iter - it0) + it - it0)*TQ_TILE;
     };
-    const int own_half = j/2 % n_halves; // whose scores this lane has
+    const int own      = j/2 % n_sides; // the side whose scores this lane has
+    const int own_tile = own % n_tiles;
     const int n_iter   = warp < args.n_warps && cell_of(0, 0) < args.n_kv ? args.n_iter : 0;
 
     // The first tiles on their way to the device's cache, while earlier kernels may still write cells: it is where all meet.
-    // A head's part of the rows of all heads, but for the last row.
-    if (lane < 2*n_halves && n_iter > 0 && cell_of(lane/2, 0) + TQ_TILE <= args.n_kv) {
+    // A block's part of the rows of all heads, but for the last row.
+    if (lane < 2*n_tiles && n_iter > 0 && cell_of(lane/2, 0) + TQ_TILE <= args.n_kv) {
         const bool     keys = lane % 2 == 0;
         const int64_t  nb   = keys ? args.k_nb[0] : args.v_nb[0];
         const uint32_t n    = (uint32_t) (TQ_TILE - 1)*nb/args.head_kv_div.z;
         if ((keys ? args.k_nb[1] : args.v_nb[1]) < nb) {
-            tq_prefetch((keys ? args.k + stream*args.k_nb[2] : args.v + stream*args.v_nb[2]) + cell_of(lane/2, 0)*nb + head*n, n);
+            tq_prefetch((keys ? args.k + stream*args.k_nb[2] : args.v + stream*args.v_nb[2]) + cell_of(lane/2, 0)*nb + part_and_head.y*n, n);
         }
     }
 
@@ -660,7 +690,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     }
     typename tq_center_shared<cfg>::operands center_operands;
     if constexpr (centered) {
-        center_operands = centers.start(args, head);
+        center_operands = centers.start(args, head0);
     }
 
     const tq_copier<k_row> k_copier(k_base, k_nb, lane);
@@ -670,9 +700,9 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     const auto copy = [&](const auto & copier, int nb, int pitch, int at, int it) {
         if (it < n_iter) {
 #pragma unroll
-            for (int h = 0; h < n_halves; ++h) {
-                const int cell = cell_of(h, it);
-                const uint32_t dst = stage0_address + it % cfg::n_stages*cfg::stage_bytes + at + h*TQ_TILE*pitch;
+            for (int t = 0; t < n_tiles; ++t) {
+                const int cell = cell_of(t, it);
+                const uint32_t dst = stage0_address + it % cfg::n_stages*cfg::stage_bytes + at + t*TQ_TILE*pitch;
                 copier.copy(dst, (uint32_t) cell*nb, args.n_kv - cell, lane);
             }
         }
@@ -688,7 +718,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     for (int r = 0; r < R8; ++r) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const tq_row_place place = tq_place_of(args, head, min(row0 + (8*r + 2*j + e) % N, group*args.n_q - 1));
+            const tq_row_place place = tq_place_of(args, head0 + own % n_heads, min(row0 + (8*r + 2*j + e) % N, group*args.n_q - 1));
             slope[r][e] = 1.44269504f;
             if (args.max_bias > 0.0f) {
                 const int   n2 = 1 << (31 - __clz(args.n_head));
@@ -701,27 +731,29 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     }
     const half * mask = args.mask ? (const half *) ((const char *) args.mask + stream % args.mask_ne3*args.mask_nb3) + g : nullptr;
 
-    // queries that this warp rotates
-    constexpr int n_turns = (N*n_blocks + n_warps - 1)/n_warps;
+    // blocks of queries that this warp rotates
+    constexpr int n_turns = (n_cols*n_blocks + n_warps - 1)/n_warps;
     const float q_scale = args.cap != 0.0f ? args.scale/args.cap : args.scale*1.44269504f;
     const float * q_of[n_turns];
     float2 x[n_turns], x_scale[n_turns];
 #pragma unroll
     for (int t = 0; t < n_turns; ++t) {
-        const int i = t*n_warps + warp;
-        q_of[t] = i/n_blocks < n_rows_used ? tq_query(args, head, row0 + i/n_blocks, stream) + i%n_blocks*64 + lane : nullptr;
+        const int col  = (t*n_warps + warp)/n_blocks;
+        const int b    = (t*n_warps + warp)%n_blocks;
+        const int head = head0 + col/N % n_heads;
+        q_of[t] = col < n_cols && col % N < n_rows_used ? tq_query(args, head, row0 + col % N, stream) + 64*b + lane : nullptr;
         x_scale[t] = make_float2(1.0f, 1.0f);
         if constexpr (centered) {
-            x_scale[t].x = tq_center_scale(args.center, head, i%n_blocks*64 + lane,      2);
-            x_scale[t].y = tq_center_scale(args.center, head, i%n_blocks*64 + lane + 32, 2);
+            x_scale[t].x = tq_center_scale(args.center, head, 64*b + lane,      2);
+            x_scale[t].y = tq_center_scale(args.center, head, 64*b + lane + 32, 2);
         }
     }
 
     const int32_t * pos = args.center.pos + (int64_t) stream*args.n_kv; // unless keys are not centered
-    int span_first = 0; // positions of the first cells of the own half's span, and of its next one
+    int span_first = 0; // positions of the first cells of the own side's span, and of its next one
     int span_next  = 0;
     if constexpr (centered) {
-        const int cell = cell_of(own_half, 0);
+        const int cell = cell_of(own_tile, 0);
         span_first = n_iter > 0 && cell < args.n_kv ? max(pos[cell], 0) : 0;
         centers.seek(args, span_first, INT_MIN);
     }
@@ -740,29 +772,22 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     // as the operands of the steps: [column/8][block][s][lane][n]
 #pragma unroll
     for (int t = 0; t < n_turns; ++t) {
-        const int i   = t*n_warps + warp;
-        const int row = i / n_blocks;
-        const int b   = i % n_blocks;
-        if (row < N) {
+        const int col = (t*n_warps + warp)/n_blocks;
+        const int b   = (t*n_warps + warp)%n_blocks;
+        if (col < n_cols) {
             x[t] = tq_scale(x[t], q_scale);
-            if constexpr (centered) {
-                centers.raw(row, 64*b + lane     ) = x[t].x;
-                centers.raw(row, 64*b + lane + 32) = x[t].y;
+            if (centered && col < n_rows) {
+                centers.raw(col, 64*b + lane     ) = x[t].x;
+                centers.raw(col, 64*b + lane + 32) = x[t].y;
             }
             x[t] = tq_rht(make_float2(x[t].x*x_scale[t].x, x[t].y*x_scale[t].y), args.k_codec.rotation, lane);
-            float2 f = x[t];
+            half * dst = q_shared + ((col/8*n_blocks + b)*4 + lane % 4)*128 + col%8*16 + lane/16*4 + lane % 16/4;
+            dst[0] = __float2half_rn(x[t].x);
+            dst[8] = __float2half_rn(x[t].y);
             if constexpr (k_kind == TQ_KIND_QJL) {
-                f = tq_scale(tq_rht(f, args.k_codec.sketch, lane), args.k_codec.kappa);
-            }
-#pragma unroll
-            for (int h = 0; h < n_halves; ++h) {
-                half * dst = q_shared + ((row/8*n_blocks + b)*4 + lane % 4)*128 + (row % 8 + h*N)*16 + lane/16*4 + lane % 16/4;
-                dst[0] = __float2half_rn(x[t].x);
-                dst[8] = __float2half_rn(x[t].y);
-                if constexpr (k_kind == TQ_KIND_QJL) {
-                    dst[cfg::n_cols*D    ] = __float2half_rn(f.x);
-                    dst[cfg::n_cols*D + 8] = __float2half_rn(f.y);
-                }
+                const float2 f = tq_scale(tq_rht(x[t], args.k_codec.sketch, lane), args.k_codec.kappa);
+                dst[n_cols*D    ] = __float2half_rn(f.x);
+                dst[n_cols*D + 8] = __float2half_rn(f.y);
             }
         }
     }
@@ -805,11 +830,11 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     }
     const uint32_t lane_offset = 4*lane;
 
-    // this lane's rows in a stage, of cells g and, eight rows on, g + 8; the own half's have the scales that it needs
+    // this lane's rows in a stage, of cells g and, eight rows on, g + 8; the own side's have the scales that it needs
     const int k_at   = g*k_row::pitch + ((uint32_t) (uintptr_t) (k_base + g*k_nb) & 15);
     const int v_at   = g*v_row::pitch + ((uint32_t) (uintptr_t) (v_base + g*v_nb) & 15) + cfg::k_bytes;
-    const int k_own  = k_at + j/2 % n_halves*TQ_TILE*k_row::pitch;
-    const int v_own  = v_at + j/2 % n_halves*TQ_TILE*v_row::pitch;
+    const int k_own  = k_at + own*cfg::k_side;
+    const int v_own  = v_at + own*cfg::v_side;
     const int at     = 2*j;
     const int before = 2*((j + 3) & 3);
 
@@ -817,12 +842,12 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         const char * stage = stage0 + it % cfg::n_stages*cfg::stage_bytes;
 
         // masks and positions are not looked at before scores are there
-        const int own_cell = cell_of(own_half, it);
+        const int cell = cell_of(own_tile, it);
         uint16_t mask_of[R8][4];
         int p[2] = { 0, 0 };
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-            const int  at    = own_cell + 8*t;
+            const int  at    = cell + 8*t;
             const bool valid = at + g < args.n_kv;
 #pragma unroll
             for (int r = 0; r < R8; ++r) {
@@ -845,8 +870,8 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
                 centers.turn(n_rows_used);
             }
             if (it % 4 == 2 && it + 2 < n_iter) {
-                const int cell = cell_of(own_half, it + 2);
-                span_next = cell < args.n_kv ? pos[cell] : 0;
+                const int next = cell_of(own_tile, it + 2);
+                span_next = next < args.n_kv ? pos[next] : 0;
             }
         }
         tq_copy_wait<2*cfg::n_stages - 1>(); // keys
@@ -860,10 +885,10 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
 #pragma unroll
         for (int b = 0; b < n_blocks; ++b) {
             constexpr int size = k_row::block;
-            float acc[n_halves][R8][4] = {};
+            float acc[n_sides][R8][4] = {};
 #pragma unroll
-            for (int h = 0; h < n_halves; ++h) {
-                const char * k = stage + k_at + h*TQ_TILE*k_row::pitch + b*size;
+            for (int h = 0; h < n_sides; ++h) {
+                const char * k = stage + k_at + h*cfg::k_side + b*size;
                 const tq_words w = tq_read_block<k_kind, k_bits>(k, k + 8*k_row::pitch, at, before);
                 const tq_pair_signs signs = tq_signs_of_keys(w.signs);
 #pragma unroll
@@ -893,7 +918,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
             for (int r = 0; r < R8; ++r) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    s[r][i] += (i < 2 ? dx : dy)*(n_halves == 2 && j >= 2 ? acc[n_halves - 1][r][i] : acc[0][r][i]);
+                    s[r][i] += (i < 2 ? dx : dy)*(own == 1 ? acc[n_sides - 1][r][i] : acc[0][r][i]);
                 }
             }
         }
@@ -917,8 +942,8 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
                 if (p[t] <= 0) { // position 0 has a center of its own
 #pragma unroll
                     for (int r = 0; r < R8; ++r) {
-                        center[r][2*t    ] = centers.first((8*r + 2*j    ) % N);
-                        center[r][2*t + 1] = centers.first((8*r + 2*j + 1) % N);
+                        center[r][2*t    ] = centers.first((8*r + 2*j    ) % n_rows);
+                        center[r][2*t + 1] = centers.first((8*r + 2*j + 1) % n_rows);
                     }
                 }
             }
@@ -965,7 +990,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
             for (int b = 0; b < n_blocks; ++b) {
                 d_max = fmaxf(d_max, fmaxf(dx[b], dy[b]));
             }
-            d_max = tq_max_of_cells(d_max); // the same in all j of a half
+            d_max = tq_max_of_cells(d_max); // the same in all j of a side
             const float d_down = d_ref/d_max;
             d_ref = d_max;
             d_inv = 1.0f/d_max;
@@ -1011,10 +1036,10 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
                 p1[r] = tq_transpose(tq_pack(s[r][2] == 0.0f ? 0.0f : s[r][2]*ey, s[r][3] == 0.0f ? 0.0f : s[r][3]*ey));
             }
 #pragma unroll
-            for (int h = 0; h < n_halves; ++h) {
-                const char * v = stage + v_at + h*TQ_TILE*v_row::pitch + b*size;
+            for (int h = 0; h < n_sides; ++h) {
+                const char * v = stage + v_at + h*cfg::v_side + b*size;
                 const tq_words w = tq_read_block<v_kind, v_bits>(v, v + 8*v_row::pitch, at, before);
-                const bool mine = n_halves == 1 || g / 4 == h; // column g is of this half
+                const bool mine = n_sides == 1 || g / 4 == h; // column g is of this side
                 uint32_t signs_ab = 0;
                 uint32_t signs_cd = 0;
                 if constexpr (v_kind == TQ_KIND_TCQ) {
@@ -1043,10 +1068,10 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     }
     tq_copy_wait<0>();
 
-    // the parts of warps and halves become one
+    // the parts of warps and tiles become one
     __syncthreads();
     float  * merge_l = (float *) shared;                           // [n_warps][n_cols]
-    float4 * merge_o = (float4 *) (merge_l + n_warps*cfg::n_cols); // [n_warps][R8][n_blocks*4][32]
+    float4 * merge_o = (float4 *) (merge_l + n_warps*n_cols);      // [n_warps][R8][n_blocks*4][32]
     float  * sums    = (float *) (merge_o + n_warps*cfg::n_merge); // [n_sums][n_cols][sum_pitch]: of every n_sums-th warp
     constexpr int sum_pitch = D + 4; // spreads banks
     if (g == 0) {
@@ -1054,7 +1079,7 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         for (int r = 0; r < R8; ++r) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                atomicMax(&merge_top[(8*r + 2*j + e) % N], tq_ordered(m[r][e]));
+                atomicMax(&merge_top[(8*r + 2*j + e) % n_rows], tq_ordered(m[r][e]));
             }
         }
     }
@@ -1065,10 +1090,10 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
             float down[2];
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                down[e] = tq_exp2(m[r][e] - tq_unordered(merge_top[(8*r + 2*j + e) % N]));
+                down[e] = tq_exp2(m[r][e] - tq_unordered(merge_top[(8*r + 2*j + e) % n_rows]));
                 l[r][e] = tq_sum_of_cells(l[r][e]);
                 if (g == 0) {
-                    merge_l[warp*cfg::n_cols + 8*r + 2*j + e] = l[r][e]*down[e];
+                    merge_l[warp*n_cols + 8*r + 2*j + e] = l[r][e]*down[e];
                 }
                 down[e] *= d_ref;
             }
@@ -1096,35 +1121,66 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
         }
         const int tile = i / 32 % (n_blocks*4); // block, half step, coordinates 4*n, n = 2*(tile % 2) and one more
         const int col  = i / 32 / (n_blocks*4)*8 + 2*j;
-        float * dst = sums + (n*cfg::n_cols + col)*sum_pitch + tile/4*64 + 16*(g >> 1) + 8*(tile % 2) + 2*(tile / 2 % 2) + (g & 1);
+        float * dst = sums + (n*n_cols + col)*sum_pitch + tile/4*64 + 16*(g >> 1) + 8*(tile % 2) + 2*(tile / 2 % 2) + (g & 1);
         dst[0]             = sum.x;
         dst[4]             = sum.z;
         dst[sum_pitch]     = sum.y;
         dst[sum_pitch + 4] = sum.w;
     }
     __syncthreads();
+    const auto used   = [&](int row) { return row % N < n_rows_used; };
+    const auto place  = [&](int row) { return tq_place_of(args, head0 + row/N, row0 + row % N); };
     const auto row_of = [&](int row) { // of the output
-        const tq_row_place place = tq_place_of(args, head, row0 + row);
-        return ((int64_t) stream*args.n_q + place.query)*args.n_head + place.head;
+        const tq_row_place p = place(row);
+        return ((int64_t) stream*args.n_q + p.query)*args.n_head + p.head;
     };
-    for (int i = threadIdx.x; i < n_rows_used*D; i += 32*n_warps) {
+    const auto sum_of = [&](int row, int i) { // over the block's warps: coordinate i
         float sum = 0.0f;
 #pragma unroll
-        for (int n = 0; n < cfg::n_sums*n_halves; ++n) {
-            sum += sums[(n*N + i/D)*sum_pitch + i%D];
+        for (int n = 0; n < cfg::n_sums*n_tiles; ++n) {
+            sum += sums[(n*n_rows + row)*sum_pitch + i];
         }
-        args.part_o[(row_of(i/D)*args.n_splits + split)*D + i%D] = sum;
-    }
-    for (int row = n_warps - 1 - warp; row < n_rows_used; row += n_warps) {
-        float sum = 0.0f;
-        for (int i = lane; i < args.n_warps*n_halves; i += 32) {
-            sum += merge_l[i*N + row];
-        }
+        return sum;
+    };
+    const auto weights_of = [&](int row) {
+        float sum = lane < args.n_warps*n_tiles ? merge_l[lane*n_rows + row] : 0.0f;
 #pragma unroll
         for (int h = 16; h > 0; h /= 2) {
             sum += __shfl_xor_sync(TQ_WARP, sum, h);
         }
-        if (lane == 0) {
+        return sum;
+    };
+    const auto sink_of = [&](int row) { // a score (base 2) without a value
+        return args.sinks ? args.sinks[place(row).head]*1.44269504f : -INFINITY;
+    };
+    const auto write = [&](int row, int b, float2 o) { // lane's coordinates of block b
+        const float2 x = tq_rht_inverse(o, args.v_codec.rotation, lane);
+        float * dst = args.dst + row_of(row)*D + 64*b + lane;
+        dst[ 0] = x.x;
+        dst[32] = x.y;
+    };
+    if (args.n_splits == 1) {
+        for (int i = warp; i < n_rows*n_blocks; i += n_warps) { // a warp a block of 64
+            const int row = i / n_blocks;
+            const int b   = i % n_blocks;
+            if (used(row)) {
+                const float sink = sink_of(row);
+                const float top  = tq_unordered(merge_top[row]);
+                const float down = tq_exp2(top - fmaxf(top, sink));
+                const float sum  = weights_of(row)*down + tq_exp2(sink - fmaxf(top, sink));
+                write(row, b, tq_divide(make_float2(sum_of(row, 64*b + lane)*down, sum_of(row, 64*b + lane + 32)*down), sum));
+            }
+        }
+        return;
+    }
+    for (int i = threadIdx.x; i < n_rows*D; i += 32*n_warps) {
+        if (used(i/D)) {
+            args.part_o[(row_of(i/D)*args.n_splits + split)*D + i%D] = sum_of(i/D, i%D);
+        }
+    }
+    for (int row = n_warps - 1 - warp; row < n_rows; row += n_warps) {
+        const float sum = weights_of(row);
+        if (lane == 0 && used(row)) {
             args.part_ml[row_of(row)*args.n_splits + split] = make_float2(tq_unordered(merge_top[row]), sum);
         }
     }
@@ -1143,15 +1199,13 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
     if (!is_last) {
         return;
     }
-    for (int i = warp; i < n_rows_used*n_blocks; i += n_warps) { // a warp a block of 64
+    for (int i = warp; i < n_rows*n_blocks; i += n_warps) {
         const int row = i / n_blocks;
-        const int64_t part = row_of(row)*args.n_splits;
-        const float sink = args.sinks ? args.sinks[tq_place_of(args, head, row0 + row).head]*1.44269504f : -INFINITY;
-        const float2 o = tq_combine<D>(args.part_o + part*D + i % n_blocks*64 + lane, args.part_ml + part, args.n_splits, sink);
-        const float2 x = tq_rht_inverse(o, args.v_codec.rotation, lane);
-        float * dst = args.dst + row_of(row)*D + i % n_blocks*64 + lane;
-        dst[ 0] = x.x;
-        dst[32] = x.y;
+        const int b   = i % n_blocks;
+        if (used(row)) {
+            const int64_t part = row_of(row)*args.n_splits;
+            write(row, b, tq_combine<D>(args.part_o + part*D + 64*b + lane, args.part_ml + part, args.n_splits, sink_of(row)));
+        }
     }
 #else
     GGML_UNUSED(args);
@@ -1162,26 +1216,31 @@ tq_attention_parts(const __grid_constant__ tq_attention_args args) {
 // what a launch of one instance needs
 struct tq_attention_kernel {
     void (*launch)(const tq_attention_args & args, dim3 grid, cudaStream_t stream);
-    int n_warps, n_halves, n_rows, shared_bytes, center_bytes; // center_bytes: of shared memory, more for centered keys
+    int n_warps;      // of a CUDA block
+    int n_tiles;      // of a warp at a time
+    int n_heads;      // key heads of a CUDA block, adjacent in memory
+    int n_rows;       // of one
+    int shared_bytes;
+    int center_bytes; // of shared memory, more for centered keys
 };
 
-template <int D, int N, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
+template <int D, int N, int n_heads, tq_kind k_kind, int k_bits, tq_kind v_kind, int v_bits>
 static tq_attention_kernel tq_attention_instance() {
-    using cfg = tq_attention_config<D, N, k_kind, k_bits, v_kind, v_bits>;
+    using cfg = tq_attention_config<D, N, n_heads, k_kind, k_bits, v_kind, v_bits>;
     return { [](const tq_attention_args & args, dim3 grid, cudaStream_t stream) {
         if (args.center.pos) {
             constexpr int shared_bytes = cfg::shared_bytes + cfg::center_bytes;
-            const auto kernel = tq_attention_parts<D, N, k_kind, k_bits, v_kind, v_bits, true>;
+            const auto kernel = tq_attention_parts<D, N, n_heads, k_kind, k_bits, v_kind, v_bits, true>;
             CUDA_SET_SHARED_MEMORY_LIMIT(kernel, shared_bytes);
             ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, dim3(32*cfg::n_warps), (size_t) shared_bytes, stream), args);
         } else {
             constexpr int shared_bytes = cfg::shared_bytes;
-            const auto kernel = tq_attention_parts<D, N, k_kind, k_bits, v_kind, v_bits, false>;
+            const auto kernel = tq_attention_parts<D, N, n_heads, k_kind, k_bits, v_kind, v_bits, false>;
             CUDA_SET_SHARED_MEMORY_LIMIT(kernel, shared_bytes);
             ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, dim3(32*cfg::n_warps), (size_t) shared_bytes, stream), args);
         }
-    }, cfg::n_warps, cfg::n_halves, N, cfg::shared_bytes, cfg::center_bytes };
+    }, cfg::n_warps, cfg::n_tiles, n_heads, N, cfg::shared_bytes, cfg::center_bytes };
 }
 
 // the instances of a key type and a kind of value types; { nullptr, ... } where there is none
-template <tq_kind k_kind, int k_bits, tq_kind v_kind> tq_attention_kernel tq_attention_find(int v_bits, int head_dim, int n_rows);
+template <tq_kind k_kind, int k_bits, tq_kind v_kind> tq_attention_kernel tq_attention_find(int v_bits, int head_dim, int n_rows, bool pairs);
