@@ -1,6 +1,5 @@
 #!/bin/sh
-# Time of attention and of storing keys and values on a GPU, the ops alone, with the programs in DIR/bin; lines of JSON go to
-# standard output.
+# Time of attention on a GPU, the op alone, with the programs in DIR/bin; lines of JSON go to standard output.
 #
 #   scripts/gpu/bench.sh DIR [DEVICE]
 #
@@ -24,5 +23,4 @@ types="f16 tq4_mse tq3_mse tq4_tcq tq3_tcq"
     bench -n 32768 -s 64/8/128,24/8/64,16/8/256 $types
     bench -n 32768 -q 2,4,8 $types
     bench -n 512,1024,8192,32768 -q 512 $types q8_0 q4_0 tq4_qjl/tq4_mse
-    "$bin/bench-set-rows" -d "$device" -r 9 -c -n 1,8,64,512,2048 2>/dev/null
 }
