@@ -45,7 +45,7 @@ static bool is_rope(const ggml_cgraph * cgraph, int i) {
 static bool is_rope_of_keys(const ggml_cgraph * cgraph, int i) {
     if (!is_rope(cgraph, i) || !is_set_rows(cgraph, i + 2) ||
             !ggml_can_fuse_subgraph(cgraph, i, { GGML_OP_ROPE, GGML_OP_VIEW, GGML_OP_SET_ROWS }, { i + 2 }) ||
-            cgraph->nodes[i + 1]->src[0] != cgraph->nodes[i] || cgraph->nodes[i + 2]->src[0] != cgraph->nodes[i + 1]) {
+            !ggml_check_edges(cgraph, i, { { 1, 0, 0 }, { 2, 0, 1 } })) { // a node's source is a node
         return false;
     }
     const ggml_tensor * rope   = cgraph->nodes[i];
